@@ -1,0 +1,36 @@
+"""Everything a training step knows beyond the average gradient, from fused kernels.
+
+Three ways in:
+
+* layers: ``bp.Linear``, ``bp.Conv2d``, ...: torch's layers, prepared for quantities;
+* BackPACK's interface: ``extend(model)``, ``with backpack(extensions.BatchL2Grad()): loss.backward()``;
+* low-level calls on a layer's saved input and output gradient: ``bp.ops.linear_grad_stats(input, grad_output, want)``.
+"""
+
+from backpack_cuda import extensions, ops
+from backpack_cuda._version import __version__
+from backpack_cuda.activation import backpack
+from backpack_cuda.capture import memory_cleanup
+from backpack_cuda.context import CTX, disable
+from backpack_cuda.extending import extend
+from backpack_cuda.extensions import BackpropExtension
+from backpack_cuda.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+
+__all__ = [
+    "CTX",
+    "BackpropExtension",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
+    "Linear",
+    "__version__",
+    "backpack",
+    "disable",
+    "extend",
+    "extensions",
+    "memory_cleanup",
+    "ops",
+]

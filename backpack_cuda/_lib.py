@@ -1,0 +1,44 @@
+"""Loads the operators' library. Importing never fails: what is wrong is said when an operator is first needed."""
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_LIBRARY = Path(__file__).with_name("_C.so")
+
+
+def _load() -> str | None:
+    """Loads the library; returns None, or the sentence that explains why it cannot be used."""
+    if not _LIBRARY.exists():
+        return (
+            f"backpack_cuda is not built ({_LIBRARY.name} is missing beside the package): "
+            "run `pip install --no-build-isolation .` in the source tree."
+        )
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return f"backpack_cuda's {_LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    return None
+
+
+PROBLEM = _load()
+
+
+def operators():
+    """The operators' namespace, `torch.ops.backpack_cuda`.
+
+    Raises:
+        RuntimeError: the library is missing or does not load; the message says what to do.
+    """
+    if PROBLEM is not None:
+        raise RuntimeError(PROBLEM)
+    return torch.ops.backpack_cuda
+
+
+@cache
+def has_kernel(operator: str, device_type: str) -> bool:
+    """Whether `operator` has a kernel for tensors on `device_type` ("cpu", "cuda", ...)."""
+    operators()
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"backpack_cuda::{operator}", key)

@@ -1,0 +1,57 @@
+"""`with backpack(...)`: which quantities the backward passes inside form."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from backpack_cuda.capture import forget_passes
+from backpack_cuda.context import CTX
+from backpack_cuda.extensions import BackpropExtension
+
+
+class backpack:
+    """Backward passes inside this context also form the given quantities.
+
+    Results are attributes of the parameters, named by the extension's `savefield` and overwritten by every backward
+    pass. A nested context replaces the outer one until it exits.
+
+    Args:
+        *exts: instances of the classes in `backpack_cuda.extensions`; possibly none.
+        extension_hook: called with a module once its quantities are present; they may be deleted there.
+            `module.input0` is the module's input (of modules with parameters) while the hook runs.
+        debug: print what is formed.
+        retain_graph: keep the inputs and outputs that modules extended with `store_io=True` hold, for a further
+            backward pass through the same graph. Nothing else needs it.
+
+    Raises:
+        ValueError: an argument is not an instance of an extension.
+    """
+
+    def __init__(
+        self,
+        *exts,
+        extension_hook: Callable[[nn.Module], None] | None = None,
+        debug: bool = False,
+        retain_graph: bool = False,
+    ):
+        for ext in exts:
+            if not isinstance(ext, BackpropExtension):
+                raise ValueError(
+                    "backpack expects instances of BackpropExtension, such as BatchGrad(), "
+                    f"but received {ext!r} of type {type(ext).__name__}"
+                )
+        self._state = (exts, debug, extension_hook, retain_graph)
+        self._outer: list[tuple] = []
+
+    @staticmethod
+    def _replace(state: tuple) -> tuple:
+        outer = (CTX._extensions, CTX._debug, CTX._extension_hook, CTX._retain_graph)
+        CTX._extensions, CTX._debug, CTX._extension_hook, CTX._retain_graph = state
+        return outer
+
+    def __enter__(self) -> None:
+        self._outer.append(self._replace(self._state))
+
+    def __exit__(self, *exception) -> None:
+        self._replace(self._outer.pop())
+        forget_passes()

@@ -1,0 +1,384 @@
+"""From a layer's backward to results on its parameters: the autograd functions and the bookkeeping of a backward pass.
+
+A layer's forward runs inside one of the two functions below, whose backward asks the active `backpack(...)` context what
+is wanted and forms it, together with the ordinary gradient, in one call. Nothing but what autograd saves is kept.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.utils import _pytree as pytree
+
+from backpack_cuda.context import CTX, disable
+from backpack_cuda.per_sample import Use
+from backpack_cuda.per_sample.dense import merge
+from backpack_cuda.stats import Stats, Want
+
+IO_FLAG = "_backpack_store_io"  # attribute of modules extended with store_io=True
+
+
+def capturing() -> bool:
+    """Whether a forward pass must prepare for quantities, rather than run torch's own layer untouched.
+
+    Not without a graph, not inside `disable()`, and not under tracers and function transforms, which take the layers
+    apart themselves.
+    """
+    return (
+        torch.is_grad_enabled()
+        and disable.should_store_io()
+        and not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+    )
+
+
+class LayerOperation(Protocol):
+    """A layer's forward and backward as plain functions of tensors; without state, so that it can be shared."""
+
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+
+    def backward(
+        self, grad_output: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """torch's gradients of (input, weight, bias), None where `needs` is False."""
+
+    def use(self, input: Tensor, grad_output: Tensor) -> Use:
+        """The per-sample gradients of weight and bias."""
+
+    def original_input(self, input: Tensor) -> Tensor:
+        """The module's input from the one that `forward` got."""
+
+
+def _without_autocast(backward: Callable) -> Callable:
+    """Backward passes run in the types of their operands, also when called inside an autocast region."""
+
+    @functools.wraps(backward)
+    def run(ctx, *grad_outputs):
+        device_type = grad_outputs[0].device.type
+        if not torch.is_autocast_enabled(device_type):
+            return backward(ctx, *grad_outputs)
+        with torch.autocast(device_type, enabled=False):
+            return backward(ctx, *grad_outputs)
+
+    return run
+
+
+class LayerFunction(torch.autograd.Function):
+    """A layer with a factorised per-sample gradient. Its kernel call replaces the ordinary weight gradient's."""
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, module, operation):
+        ctx.save_for_backward(input, weight)
+        ctx.module = module
+        ctx.operation = operation
+        return operation.forward(input, weight, bias)
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, grad_output):
+        input, weight = ctx.saved_tensors
+        module, operation = ctx.module, ctx.operation
+        needs_input, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
+        requested = CTX.get_active_exts() and (needs_weight or needs_bias)
+        if not requested and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
+            return (*operation.backward(grad_output, input, weight, needs), None, None)
+
+        use = operation.use(input, grad_output)
+        parameters = {}
+        if requested and needs_weight:
+            parameters["weight"] = module.weight
+        if requested and needs_bias:
+            parameters["bias"] = module.bias
+        # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
+        fused = not torch.is_grad_enabled() and not _Pass.current(ctx).shared(ctx, parameters.values())
+        gradients = _record(ctx, module, use, parameters, operation.original_input(input), fused)
+        grad_weight, grad_bias = gradients.get("weight"), gradients.get("bias")
+        missing = (needs_input, needs_weight and grad_weight is None, needs_bias and grad_bias is None)
+        grad_input, stock_weight, stock_bias = operation.backward(grad_output, input, weight, missing)
+        return (
+            grad_input,
+            stock_weight if grad_weight is None else grad_weight,
+            stock_bias if grad_bias is None else grad_bias,
+            None,
+            None,
+        )
+
+
+class Observation(NamedTuple):
+    """A module's call whose output gradients are asked for: what is needed to form its per-sample gradients later."""
+
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    positions: list[int]  # of the differentiated tensors among the output's leaves
+    form: Callable[..., Use]  # of (observation, args, kwargs, grad_outputs)
+    rebuild_inputs: Callable[[tuple[Tensor, ...]], tuple[tuple, dict]]  # saved tensors -> args, kwargs
+
+
+class ObserverFunction(torch.autograd.Function):
+    """Hands on a module's outputs, and their gradients to an observation; torch forms the ordinary gradients itself."""
+
+    @staticmethod
+    def forward(ctx, observation, inputs, *outputs):
+        ctx.save_for_backward(*inputs)
+        ctx.observation = observation
+        # detach(): a new tensor on the same storage that may be changed in place later, unlike an input handed on.
+        outputs = tuple(output.detach() for output in outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, *grad_outputs):
+        observation = ctx.observation
+        module = observation.module
+        if not CTX.get_active_exts():
+            module_done(module)
+        else:
+            args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
+            use = observation.form(observation, args, kwargs, grad_outputs)
+            _record(ctx, module, use, observation.parameters, args[0] if args else None, fused=False)
+        return (None, None, *grad_outputs)
+
+
+def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kwargs: dict, output):
+    """`output` again, with a node in the graph that hands its gradients to `form` where quantities are wanted.
+
+    `form(observation, args, kwargs, grad_outputs)` returns the per-sample gradients of `parameters`.
+    """
+    leaves, structure = pytree.tree_flatten(output)
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not positions:
+        return output
+    inputs, input_structure = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
+    # The tensors are saved by autograd, so that they live no longer than the graph: a marker stands for them here.
+    marked = [ObserverFunction if isinstance(leaf, Tensor) else leaf for leaf in inputs]
+
+    def rebuild_inputs(saved: tuple[Tensor, ...]) -> tuple[tuple, dict]:
+        left = iter(saved)
+        return pytree.tree_unflatten(
+            [next(left) if leaf is ObserverFunction else leaf for leaf in marked], input_structure
+        )
+
+    observation = Observation(module, parameters, positions, form, rebuild_inputs)
+    observed = ObserverFunction.apply(observation, tensors, *[leaves[i] for i in positions])
+    observed = observed if isinstance(observed, tuple) else (observed,)
+    register(observed[0], parameters.values())
+    for i, leaf in zip(positions, observed, strict=True):
+        leaves[i] = leaf
+    return pytree.tree_unflatten(leaves, structure)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which nodes of live graphs use a parameter
+# ---------------------------------------------------------------------------------------------------------------------
+
+_nodes: dict[int, list[weakref.ref]] = {}  # id of a parameter -> its nodes
+
+
+def register(output: Tensor, parameters) -> None:
+    """Notes that the graph node which formed `output` uses `parameters`."""
+    node = output.grad_fn
+    task = torch._C._current_graph_task_id()
+    if task != -1 and CTX.get_active_exts():  # a forward inside a backward pass: activation checkpointing
+        node.outer_pass = _Pass.of_task(task)
+    for parameter in parameters:
+        key = id(parameter)
+
+        def forget(reference, key=key):
+            references = _nodes.get(key)
+            if references is not None:
+                references.remove(reference)
+                if not references:
+                    del _nodes[key]
+
+        _nodes.setdefault(key, []).append(weakref.ref(node, forget))
+
+
+class _Pending:
+    """A parameter with several uses in the running backward pass."""
+
+    def __init__(self, parameter: nn.Parameter, expected: set[int]):
+        self.parameter = parameter
+        self.expected = expected  # ids of the nodes still to run
+        self.uses: list[tuple[Use, str]] = []
+
+
+class _Pass:
+    """What one backward pass has done so far.
+
+    A pass that activation checkpointing starts inside another one belongs to the outer one: the same loss is differentiated.
+    """
+
+    _of_task: dict[int, "_Pass"] = {}
+
+    def __init__(self):
+        self.finished: set[int] = set()  # ids of the parameters with results
+        self.pending: dict[int, _Pending] = {}
+        self.waiting: list[tuple[nn.Module, set[int], Tensor | None]] = []  # modules whose hook is due, in order
+
+    @classmethod
+    def of_task(cls, task: int) -> "_Pass":
+        """The pass of the engine's task that runs now."""
+        state = cls._of_task.get(task)
+        if state is None:
+            state = cls._of_task[task] = cls()
+            Variable._execution_engine.queue_callback(functools.partial(cls._end, task, state))
+        return state
+
+    @classmethod
+    def current(cls, node) -> "_Pass":
+        """The pass that `node`'s backward runs in, or the pass around it."""
+        task = torch._C._current_graph_task_id()
+        outer = getattr(node, "outer_pass", None)
+        if outer is not None and task not in cls._of_task:
+            cls._of_task[task] = outer
+            Variable._execution_engine.queue_callback(functools.partial(cls._of_task.pop, task, None))
+        return cls.of_task(task)
+
+    @classmethod
+    def _end(cls, task: int, state: "_Pass") -> None:
+        """Called by the engine: finishes what a use that never ran was waited for."""
+        cls._of_task.pop(task, None)
+        for key in list(state.pending):
+            state.finish_pending(key)
+        state.run_hooks()
+
+    def expected(self, node, parameter) -> set[int]:
+        """Ids of all nodes that use `parameter` in the running backward pass."""
+        references = _nodes.get(id(parameter), ())
+        if len(references) == 1:
+            return {id(node)}
+        nodes = [other for reference in references if (other := reference()) is not None]
+        return {id(node)} | {id(n) for n in nodes if n is not node and torch._C._will_engine_execute_node(n)}
+
+    def shared(self, node, parameters) -> bool:
+        """Whether one of `parameters` has further uses in this backward pass."""
+        return any(len(self.expected(node, parameter)) > 1 for parameter in parameters)
+
+    def finish_pending(self, key: int) -> None:
+        """Forms the results of a parameter with several uses."""
+        pending = self.pending.pop(key)
+        use, name = merge(pending.uses), pending.uses[0][1]
+        _form(use, {name: pending.parameter}, Want.NOTHING)
+        self.finished.add(key)
+
+    def run_hooks(self) -> None:
+        """Runs the hook of every module whose parameters all have their results."""
+        due = [entry for entry in self.waiting if entry[1] <= self.finished]
+        self.waiting = [entry for entry in self.waiting if not entry[1] <= self.finished]
+        for module, _, input in due:
+            module_done(module, input)
+
+
+def forget_passes() -> None:
+    """Drops the state of backward passes that ended in an error; none may be running."""
+    if torch._C._current_graph_task_id() == -1:
+        _Pass._of_task.clear()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forming and saving
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_mixing(module: nn.Module) -> None:
+    for ext in CTX.get_active_exts():
+        ext.check_mixed_samples(module)
+
+
+def _form(use: Use, parameters: dict[str, nn.Parameter], also: Want) -> dict[str, Stats]:
+    """Forms what the active extensions want of `parameters`, plus the statistics `also`, and saves the results."""
+    extensions = CTX.get_active_exts()
+    shared = [ext for ext in extensions if ext.get_subsampling() is None]
+    want = also
+    for ext in shared:
+        want |= ext.want
+    stats = use.stats(dict.fromkeys(parameters, want)) if want else {}
+    for ext in extensions:
+        own, size = stats, use.batch_size
+        if ext not in shared:
+            samples = torch.tensor(ext.get_subsampling(), dtype=torch.long)
+            if len(samples) and int(samples.max()) >= use.batch_size:
+                raise ValueError(
+                    f"subsampling: expected indices below the batch size {use.batch_size}, got {ext.get_subsampling()}"
+                )
+            part, size = use.select(samples), len(samples)
+            own = part.stats(dict.fromkeys(parameters, ext.want))
+        for name, parameter in parameters.items():
+            if CTX.get_debug():
+                print(f"[DEBUG] {ext} saves {ext.savefield} of {name} {list(parameter.shape)}")
+            setattr(parameter, ext.savefield, ext.quantity(own[name], size))
+    return stats
+
+
+def _record(
+    node, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter], input: Tensor | None, fused: bool
+) -> dict[str, Tensor]:
+    """Forms or queues the results of `parameters`; returns their gradients where `fused`."""
+    gradients = {}
+    state = _Pass.current(node)
+    if use.mixes_samples and parameters:
+        _check_mixing(module)
+    single = {}
+    for name, parameter in parameters.items():
+        key = id(parameter)
+        if key in state.finished:
+            raise NotImplementedError(
+                f"{type(module).__name__}.{name} is used in several checkpointed segments with use_reentrant=True, whose "
+                "uses cannot be brought together; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+            )
+        if key not in state.pending:
+            expected = state.expected(node, parameter)
+            if len(expected) == 1:
+                single[name] = parameter
+                continue
+            state.pending[key] = _Pending(parameter, expected)
+        pending = state.pending[key]
+        pending.uses.append((use, name))
+        pending.expected.discard(id(node))
+        if not pending.expected:
+            state.finish_pending(key)
+    if single:
+        stats = _form(use, single, Want.GRAD if fused else Want.NOTHING)
+        if fused:
+            gradients = {name: stats[name].grad for name in single}
+        state.finished.update(map(id, single.values()))
+    # A module used several times has its hook called once, after its last use.
+    state.waiting = [entry for entry in state.waiting if entry[0] is not module]
+    state.waiting.append((module, {id(p) for p in parameters.values()}, input))
+    state.run_hooks()
+    return gradients
+
+
+def module_done(module: nn.Module, input: Tensor | None = None) -> None:
+    """Runs the extension hook of a module, with `module.input0` set to `input`, and drops what it stored."""
+    hook = CTX.get_extension_hook()
+    stores_io = IO_FLAG in module.__dict__
+    if hook is not None:
+        lent = input is not None and "input0" not in module.__dict__
+        if lent:
+            module.input0 = input
+        try:
+            hook(module)
+        finally:
+            if lent:
+                module.__dict__.pop("input0", None)
+    if stores_io and not CTX.get_retain_graph():
+        memory_cleanup(module)
+
+
+def memory_cleanup(module: nn.Module) -> None:
+    """Deletes the input and output that a module extended with `store_io=True` holds (`input0`, ..., `output`)."""
+    for name in [name for name in module.__dict__ if name == "output" or _is_input(name)]:
+        delattr(module, name)
+
+
+def _is_input(name: str) -> bool:
+    return name.startswith("input") and name[len("input") :].isdigit()

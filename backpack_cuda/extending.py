@@ -1,0 +1,115 @@
+"""`extend`: stock modules get the layers' behaviour in place."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+
+from backpack_cuda import layers
+from backpack_cuda.capture import IO_FLAG, module_done
+from backpack_cuda.context import disable
+from backpack_cuda.rules import forward_for
+from backpack_cuda.rules.generic import owned_parameters
+
+_OWN_LAYERS = tuple(getattr(layers, name) for name in layers.__all__)
+
+
+class ExtendedForward:
+    """The `forward` attribute of an extended module.
+
+    An object of its own rather than a bound method, so that deepcopy and pickle bind the copy to the copied module; it
+    refers weakly to its module, so that modules are freed when their last user goes.
+    """
+
+    def __init__(self, module: nn.Module, previous=None):
+        self._module = weakref.ref(module)
+        self._previous = previous  # a forward that somebody had put on this instance
+        self._rule = forward_for(module)
+
+    def __call__(self, *args, **kwargs):
+        module = self._module()
+        stock = self._previous or type(module).forward.__get__(module)
+        return self._rule(module, stock, *args, **kwargs)
+
+    def __reduce__(self):
+        return _restore, (self._module(), self._previous)
+
+
+def _restore(module: nn.Module, previous) -> ExtendedForward:
+    return ExtendedForward(module, previous)
+
+
+def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, store_io: bool = False) -> nn.Module:
+    """Prepares `module` and its children, in place, for the quantities of `with backpack(...)`.
+
+    Classes, parameters, hooks and state_dict stay as they are; deepcopy, pickle and torch.save work. Extending twice is
+    the same as extending once. What happens between the modules (functional calls, views, residual sums) is free.
+    Loss functions need no extension; extending one is accepted.
+
+    Args:
+        module: any module. `backpack_cuda`'s own layers need no extension, but may be extended.
+        debug: print each module that is extended.
+        use_converter: accepted for BackPACK's programs; no conversion is needed, and the module itself is returned.
+        store_io: store each module's inputs and output as attributes `input0`, ..., `output` from forward to the end of
+            the module's backward, as BackPACK does. Keeps the activations alive.
+
+    Returns:
+        The same module.
+
+    Raises:
+        TypeError: `module` is not a torch.nn.Module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    for child in module.children():
+        extend(child, debug=debug, store_io=store_io)
+    if debug:
+        print(f"[DEBUG] Extending {type(module).__name__}")
+    if store_io:
+        module.__dict__[IO_FLAG] = True
+    module._backpack_extend = True
+    forward = module.__dict__.get("forward")
+    if isinstance(module, _OWN_LAYERS) or isinstance(forward, ExtendedForward):
+        pass
+    elif owned_parameters(module):
+        module.forward = ExtendedForward(module, forward)
+    elif not isinstance(module, nn.Sequential) and _announce not in module._forward_hooks.values():
+        module.register_forward_hook(_announce)
+    if store_io and _store_io not in module._forward_hooks.values():
+        module.register_forward_hook(_store_io)
+    return module
+
+
+def _announce(module: nn.Module, inputs: tuple, output) -> None:
+    """Forward hook of modules without parameters: their extension hook runs when the backward pass reaches them."""
+    if torch.compiler.is_compiling() or not disable.should_store_io():
+        return
+    node = getattr(output, "grad_fn", None)
+    if node is not None:
+        node.register_prehook(_Announcement(module))
+
+
+class _Announcement:
+    """Calls the extension hook of a module from a graph node, without keeping the module alive."""
+
+    def __init__(self, module: nn.Module):
+        self._module = weakref.ref(module)
+
+    def __call__(self, grad_outputs) -> None:
+        module = self._module()
+        if module is not None:
+            module_done(module)
+
+
+def _store_io(module: nn.Module, inputs: tuple, output) -> None:
+    """Forward hook of modules extended with `store_io=True`."""
+    if not torch.is_grad_enabled() or not disable.should_store_io():
+        return
+    for position, value in enumerate(inputs):
+        setattr(module, f"input{position}", value)
+    if isinstance(output, Tensor):
+        module.output = output
+    elif isinstance(output, tuple) and output and isinstance(output[0], Tensor):
+        module.output = output[0]

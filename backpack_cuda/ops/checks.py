@@ -1,0 +1,148 @@
+"""Checks of the low-level calls' arguments; every message names the argument, what was expected and what came."""
+
+from collections.abc import Iterable
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+from backpack_cuda.ops.geometry import ConvGeometry
+from backpack_cuda.stats import Want
+
+WANTS = {flag.name.lower(): flag for flag in (Want.GRAD, Want.BATCH_GRAD, Want.BATCH_L2, Want.SUM_GRAD_SQUARED)}
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def want(names: str | Iterable[str]) -> Want:
+    """The flags of a non-empty collection of statistics' names (or of one name)."""
+    known = ", ".join(map(repr, WANTS))
+    if isinstance(names, str):
+        names = (names,)
+    if not isinstance(names, Iterable):
+        raise TypeError(f"want: expected names among {known}, got {type(names).__name__}")
+    flags = Want.NOTHING
+    for name in names:
+        if name not in WANTS:
+            raise ValueError(f"want: expected names among {known}, got {name!r}")
+        flags |= WANTS[name]
+    if not flags:
+        raise ValueError(f"want: expected at least one of {known}, got none")
+    return flags
+
+
+def tensor(name: str, value) -> None:
+    """A tensor of a floating type that the statistics are defined for."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise NotImplementedError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+
+
+def _shapes(input: Tensor, grad_output: Tensor) -> str:
+    return f"got input {list(input.shape)} and grad_output {list(grad_output.shape)}"
+
+
+def operands(input, grad_output) -> None:
+    """Two tensors of one type, device and batch size."""
+    tensor("input", input)
+    tensor("grad_output", grad_output)
+    if input.dtype != grad_output.dtype:
+        raise TypeError(
+            f"grad_output: expected the dtype of input, got input {input.dtype} and grad_output {grad_output.dtype}"
+        )
+    if input.device != grad_output.device:
+        raise ValueError(
+            f"grad_output: expected the device of input, got input on {input.device} "
+            f"and grad_output on {grad_output.device}"
+        )
+
+
+def linear_operands(input, grad_output) -> None:
+    """input [N, *, I] and grad_output [N, *, O] with the same leading dimensions."""
+    operands(input, grad_output)
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions [N, *, I], {_shapes(input, grad_output)}")
+    if input.shape[:-1] != grad_output.shape[:-1]:
+        raise ValueError(f"grad_output: expected the leading dimensions [N, *] of input, {_shapes(input, grad_output)}")
+
+
+def matrix_operands(input, grad_output) -> None:
+    """input [N, I] and grad_output [N, O]."""
+    linear_operands(input, grad_output)
+    if input.dim() != 2:
+        raise ValueError(f"input: expected 2 dimensions [N, I], {_shapes(input, grad_output)}")
+
+
+def _sizes(name: str, value, dims: int, least: int) -> tuple[int, ...]:
+    """One integer per spatial dimension, each at least `least`; a single integer stands for all."""
+    values = (value,) * dims if isinstance(value, Integral) else tuple(value) if isinstance(value, Iterable) else None
+    if values is None or not all(isinstance(v, Integral) and not isinstance(v, bool) for v in values):
+        raise TypeError(f"{name}: expected an int or a sequence of {dims} ints, got {value!r}")
+    if len(values) != dims:
+        raise ValueError(f"{name}: expected {dims} numbers, one per spatial dimension, got {value!r}")
+    if any(v < least for v in values):
+        raise ValueError(f"{name}: expected numbers of at least {least}, got {value!r}")
+    return tuple(int(v) for v in values)
+
+
+def conv_operands(
+    input, grad_output, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
+) -> ConvGeometry:
+    """input [N, C, *] and grad_output [N, O, *] of a (transposed) convolution; returns its geometry."""
+    operands(input, grad_output)
+    dims = input.dim() - 2
+    if dims not in (1, 2, 3):
+        raise ValueError(f"input: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], {_shapes(input, grad_output)}")
+    if grad_output.dim() != input.dim():
+        raise ValueError(f"grad_output: expected the rank of input, {_shapes(input, grad_output)}")
+    if isinstance(groups, bool) or not isinstance(groups, Integral):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+    channels, out_channels = input.shape[1], grad_output.shape[1]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a positive divisor of the channels {channels} of input and {out_channels} of "
+            f"grad_output, got {groups}"
+        )
+    geometry = ConvGeometry(
+        kernel_size=_sizes("kernel_size", kernel_size, dims, 1),
+        stride=_sizes("stride", stride, dims, 1),
+        padding=_sizes("padding", padding, dims, 0),
+        dilation=_sizes("dilation", dilation, dims, 1),
+        groups=int(groups),
+        transposed=transposed,
+        output_padding=_sizes("output_padding", output_padding, dims, 0),
+    )
+    if transposed and any(
+        e >= max(s, d) for e, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)
+    ):
+        raise ValueError(
+            f"output_padding: expected numbers below the larger of stride {geometry.stride} and dilation "
+            f"{geometry.dilation}, got {output_padding!r}"
+        )
+    if input.shape[0] != grad_output.shape[0]:
+        raise ValueError(f"grad_output: expected the batch size of input, {_shapes(input, grad_output)}")
+    expected = geometry.output_size(tuple(input.shape[2:]))
+    if any(size < 0 for size in expected) or tuple(grad_output.shape[2:]) != expected:
+        raise ValueError(
+            f"grad_output: expected spatial size {list(expected)} for kernel_size {geometry.kernel_size}, stride "
+            f"{geometry.stride}, padding {geometry.padding}, dilation {geometry.dilation}, {_shapes(input, grad_output)}"
+        )
+    return geometry
+
+
+def channel_dim(grad_output, dim) -> int:
+    """The bias' dimension of grad_output [N, ...], not the batch dimension."""
+    tensor("grad_output", grad_output)
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        raise TypeError(f"channel_dim: expected an int, got {dim!r}")
+    rank = grad_output.dim()
+    if rank < 2:
+        raise ValueError(f"grad_output: expected at least 2 dimensions, got {list(grad_output.shape)}")
+    if not -rank < dim < rank or dim == 0:
+        raise ValueError(
+            f"channel_dim: expected a dimension of grad_output {list(grad_output.shape)} other than the batch "
+            f"dimension 0, got {dim}"
+        )
+    return int(dim) % rank

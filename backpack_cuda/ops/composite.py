@@ -1,0 +1,98 @@
+"""Per-sample gradients from plain torch operations: differentiable, on any device, and materialised chunk by chunk.
+
+The kernels' twin for the two cases that they do not serve: results that must themselves be differentiable
+(`create_graph=True`), and devices without a kernel.
+"""
+
+from collections.abc import Callable, Iterator
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from backpack_cuda.ops.geometry import ConvGeometry
+from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
+
+_CHUNK_ELEMENTS = 1 << 24  # of a chunk's per-sample gradients and of its patches
+
+
+def _sample_chunks(batch_size: int, elements_per_sample: int, whole: bool) -> Iterator[slice]:
+    """Slices of the batch; a single one where `whole` is set (the graph keeps every chunk anyway)."""
+    step = max(1, batch_size if whole else _CHUNK_ELEMENTS // max(1, elements_per_sample))
+    for begin in range(0, max(batch_size, 1), step):
+        yield slice(begin, begin + step)
+
+
+def _stats(rows: Callable[[slice], Tensor], batch_size: int, elements: int, want: Want, dtype: torch.dtype) -> Stats:
+    chunks = _sample_chunks(batch_size, elements, whole=torch.is_grad_enabled())
+    return stats_of_chunks((rows(chunk) for chunk in chunks), want, dtype)
+
+
+def linear(input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want) -> tuple[Stats, Stats]:
+    """Statistics of a Linear layer's weight and bias; input [N, *, I], grad_output [N, *, O]."""
+    n, i, o = input.shape[0], input.shape[-1], grad_output.shape[-1]
+    t = prod(input.shape[1:-1])
+    dtype = statistics_dtype(input.dtype)
+
+    def weight_rows(chunk: slice) -> Tensor:  # [N_c, O, I]
+        a, b = input[chunk].to(dtype), grad_output[chunk].to(dtype)
+        return b.reshape(-1, t, o).transpose(1, 2) @ a.reshape(-1, t, i)
+
+    weight = _stats(weight_rows, n, o * i, weight_want, input.dtype) if weight_want else Stats()
+    return weight, bias(grad_output, -1, bias_want)
+
+
+def outer_norm(input: Tensor, grad_output: Tensor) -> Tensor:
+    """|input_n|^2 |grad_output_n|^2 of input [N, I] and grad_output [N, O]: [N]."""
+    dtype = statistics_dtype(input.dtype)
+    return input.to(dtype).square().sum(1) * grad_output.to(dtype).square().sum(1)
+
+
+def bias(grad_output: Tensor, channel_dim: int, want: Want) -> Stats:
+    """Statistics of an additive bias along `channel_dim` of grad_output [N, ...]."""
+    if not want:
+        return Stats()
+    dtype = statistics_dtype(grad_output.dtype)
+
+    def rows(chunk: slice) -> Tensor:  # [N_c, O]
+        moved = grad_output[chunk].movedim(channel_dim, 1)
+        return moved.reshape(*moved.shape[:2], prod(moved.shape[2:])).sum(2, dtype=dtype)
+
+    return _stats(rows, grad_output.shape[0], prod(grad_output.shape[1:]), want, grad_output.dtype)
+
+
+def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -> Tensor:
+    """Windows of image [N, C, *size] that the kernel sees, [N, C, *positions, *kernel]: a view of the padded image."""
+    padding = [p for size in reversed(geometry.padding) for p in (size, size)]
+    windows = F.pad(image, padding) if any(padding) else image
+    for dim, (window, stride, dilation, count) in enumerate(
+        zip(geometry.window(), geometry.stride, geometry.dilation, positions, strict=True), start=2
+    ):
+        windows = windows.unfold(dim, window, stride).narrow(dim, 0, count)[..., ::dilation]
+    return windows
+
+
+def conv(
+    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want
+) -> tuple[Stats, Stats]:
+    """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *].
+
+    In a transposed convolution input and grad_output swap roles: the patches are those of grad_output.
+    """
+    image, pixels = (grad_output, input) if geometry.transposed else (input, grad_output)
+    positions, g, k = tuple(pixels.shape[2:]), geometry.groups, prod(geometry.kernel_size)
+    n, c, o, t = image.shape[0], image.shape[1] // g, pixels.shape[1] // g, prod(positions)
+    shape = geometry.weight_shape(input.shape[1], grad_output.shape[1])
+    dtype = statistics_dtype(input.dtype)
+
+    def weight_rows(chunk: slice) -> Tensor:  # [N_c, *weight]
+        b = pixels[chunk].to(dtype).reshape(-1, g, o, t)
+        if t == 0 or len(b) == 0:
+            return b.new_zeros(len(b), *shape)
+        a = patches(image[chunk].to(dtype), geometry, positions).reshape(-1, g, c, t, k)
+        return torch.einsum("ngctk,ngot->ngock", a, b).reshape(-1, *shape)
+
+    elements = max(prod(shape), image.shape[1] * t * k)
+    weight = _stats(weight_rows, n, elements, weight_want, input.dtype) if weight_want else Stats()
+    return weight, bias(grad_output, 1, bias_want)

@@ -1,0 +1,64 @@
+"""Shapes and types of every operator's results, for tracing (fake kernels)."""
+
+import torch
+from torch import Tensor
+
+from backpack_cuda import _lib
+from backpack_cuda.ops.geometry import ConvGeometry
+from backpack_cuda.stats import Want, statistics_dtype
+
+
+def _results(like: Tensor, batch_size: int, shape: tuple[int, ...], want: int) -> tuple[Tensor, ...]:
+    """The five results of a parameter of shape `shape`; an unwanted one is empty."""
+    dtype = statistics_dtype(like.dtype)
+    return (
+        like.new_empty(shape if want & Want.GRAD else (0,)),
+        like.new_empty((batch_size, *shape) if want & Want.BATCH_GRAD else (0,)),
+        like.new_empty((batch_size,) if want & Want.BATCH_L2 else (0,), dtype=dtype),
+        like.new_empty(shape if want & Want.SUM_GRAD_SQUARED else (0,), dtype=dtype),
+        like.new_empty(shape if want & Want.SUM_GRAD_CENTERED_SQUARED else (0,), dtype=dtype),
+    )
+
+
+def _linear(input, grad_output, weight_want, bias_want):
+    n, i, o = input.shape[0], input.shape[-1], grad_output.shape[-1]
+    return (*_results(input, n, (o, i), weight_want), *_results(grad_output, n, (o,), bias_want))
+
+
+def _conv_results(geometry, input, grad_output, weight_want, bias_want):
+    n, c, o = input.shape[0], input.shape[1], grad_output.shape[1]
+    weight = _results(input, n, geometry.weight_shape(c, o), weight_want)
+    return (*weight, *_results(grad_output, n, (o,), bias_want))
+
+
+def _conv(input, grad_output, kernel_size, stride, padding, dilation, groups, weight_want, bias_want):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups)
+    return _conv_results(geometry, input, grad_output, weight_want, bias_want)
+
+
+def _conv_transpose(
+    input, grad_output, kernel_size, stride, padding, output_padding, dilation, groups, weight_want, bias_want
+):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups, True, output_padding)
+    return _conv_results(geometry, input, grad_output, weight_want, bias_want)
+
+
+def _bias(grad_output, channel_dim, want):
+    return _results(grad_output, grad_output.shape[0], (grad_output.shape[channel_dim],), want)
+
+
+def _outer_norm(input, grad_output):
+    return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
+
+
+FAKE_KERNELS = {
+    "linear_grad_stats": _linear,
+    "conv_grad_stats": _conv,
+    "conv_transpose_grad_stats": _conv_transpose,
+    "bias_grad_stats": _bias,
+    "outer_norm": _outer_norm,
+}
+
+if _lib.PROBLEM is None:
+    for _name, _fake in FAKE_KERNELS.items():
+        torch.library.register_fake(f"backpack_cuda::{_name}", _fake)

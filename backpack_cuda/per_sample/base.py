@@ -1,0 +1,31 @@
+"""What every kind of per-sample gradient offers."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from backpack_cuda.stats import Stats, Want
+
+
+class Use(ABC):
+    """One use of a layer in a forward pass: the per-sample gradients of its parameters, not yet formed.
+
+    Attributes:
+        batch_size: N.
+        dtype: the type of the gradients.
+        mixes_samples: whether sample n's output depends on other samples, so that G_n is only the n-th summand of the
+            gradient and not the gradient of sample n's loss.
+    """
+
+    batch_size: int
+    dtype: torch.dtype
+    mixes_samples = False
+
+    @abstractmethod
+    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+        """Statistics of each named parameter. Differentiable under grad mode."""
+
+    @abstractmethod
+    def select(self, samples: slice | Tensor) -> "Use":
+        """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""

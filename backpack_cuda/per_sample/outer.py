@@ -1,0 +1,51 @@
+"""Per-sample gradients that are short sums of outer products: Linear layers and convolutions of every kind."""
+
+from torch import Tensor
+
+from backpack_cuda.ops import dispatch
+from backpack_cuda.ops.geometry import ConvGeometry
+from backpack_cuda.per_sample.base import Use
+from backpack_cuda.stats import Stats, Want
+
+
+class LinearUse(Use):
+    """G_n = sum_t grad_output[n, t] input[n, t]^T of `weight`, sum_t grad_output[n, t] of `bias`."""
+
+    def __init__(self, input: Tensor, grad_output: Tensor):
+        self.input = input  # [N, *, I]
+        self.grad_output = grad_output  # [N, *, O]
+        self.batch_size = input.shape[0]
+        self.dtype = input.dtype
+
+    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+        pair = dispatch.linear_stats(
+            self.input, self.grad_output, want.get("weight", Want.NOTHING), want.get("bias", Want.NOTHING)
+        )
+        return dict(zip(("weight", "bias"), pair, strict=True))
+
+    def select(self, samples: slice | Tensor) -> "LinearUse":
+        return LinearUse(self.input[samples], self.grad_output[samples])
+
+
+class ConvUse(Use):
+    """As LinearUse with the patches of the convolution's input (transposed: of its output gradient) as rows."""
+
+    def __init__(self, geometry: ConvGeometry, input: Tensor, grad_output: Tensor):
+        self.geometry = geometry
+        self.input = input  # [N, C, *size]
+        self.grad_output = grad_output  # [N, O, *output size]
+        self.batch_size = input.shape[0]
+        self.dtype = input.dtype
+
+    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+        pair = dispatch.conv_stats(
+            self.geometry,
+            self.input,
+            self.grad_output,
+            want.get("weight", Want.NOTHING),
+            want.get("bias", Want.NOTHING),
+        )
+        return dict(zip(("weight", "bias"), pair, strict=True))
+
+    def select(self, samples: slice | Tensor) -> "ConvUse":
+        return ConvUse(self.geometry, self.input[samples], self.grad_output[samples])

@@ -1,0 +1,29 @@
+"""Which forward a module gets: the layers' own rules, and one for every other module with parameters."""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from backpack_cuda.rules.batch_norm import batch_norm_forward
+from backpack_cuda.rules.conv import conv_forward, conv_transpose_forward
+from backpack_cuda.rules.generic import generic_forward
+from backpack_cuda.rules.linear import linear_forward
+
+# torch's forward -> ours. Looked up by the function, so that a subclass with a forward of its own is not mistaken.
+_FORWARDS = {
+    nn.Linear.forward: linear_forward,
+    nn.Conv1d.forward: conv_forward,
+    nn.Conv2d.forward: conv_forward,
+    nn.Conv3d.forward: conv_forward,
+    nn.ConvTranspose1d.forward: conv_transpose_forward,
+    nn.ConvTranspose2d.forward: conv_transpose_forward,
+    nn.ConvTranspose3d.forward: conv_transpose_forward,
+    nn.BatchNorm2d.forward: batch_norm_forward,  # one function for every dimension
+}
+
+
+def forward_for(module: nn.Module) -> Callable:
+    """The forward for `module`: a function of (module, torch's forward, *args, **kwargs)."""
+    if "forward" in module.__dict__:  # somebody's own forward on this one instance
+        return generic_forward
+    return _FORWARDS.get(type(module).forward, generic_forward)

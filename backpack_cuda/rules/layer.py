@@ -1,0 +1,37 @@
+"""A layer with a factorised per-sample gradient: from its module's forward to the autograd function."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from backpack_cuda.capture import LayerFunction, LayerOperation, register
+
+
+def has_plain_parameters(module: nn.Module) -> bool:
+    """Whether weight and bias are the module's own parameters, not computed from others (parametrisations)."""
+    own = module._parameters
+    return (
+        own.get("weight") is not None
+        and (own.get("bias") is not None or getattr(module, "bias", None) is None)
+        and not parametrize.is_parametrized(module)
+    )
+
+
+def run_layer(module: nn.Module, operation: LayerOperation, input: Tensor) -> Tensor:
+    """The output of `module` on the batch `input`, prepared for quantities."""
+    weight, bias = module.weight, module.bias
+    used = [p for p in (weight, bias) if p is not None and p.requires_grad]
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = (_autocast(t, dtype) for t in (input, weight, bias))
+    output = LayerFunction.apply(input, weight, bias, module, operation)
+    if used:
+        register(output, used)
+    return output
+
+
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What autocast does to an operand of a matrix product."""
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)

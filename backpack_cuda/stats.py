@@ -1,0 +1,81 @@
+"""What can be asked of a layer's per-sample gradients, and the answer."""
+
+from collections.abc import Iterable
+from enum import IntFlag
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Want(IntFlag):
+    """Statistics of the per-sample gradients G_n; the values are those of csrc/ops/want.h."""
+
+    NOTHING = 0
+    GRAD = 1
+    BATCH_GRAD = 2
+    BATCH_L2 = 4
+    SUM_GRAD_SQUARED = 8
+    SUM_GRAD_CENTERED_SQUARED = 16
+
+
+class Stats(NamedTuple):
+    """Statistics of the per-sample gradients G_n [N, *P] of one parameter; None where not wanted."""
+
+    grad: Tensor | None = None  # [*P]     sum_n G_n
+    batch_grad: Tensor | None = None  # [N, *P]  G_n
+    batch_l2: Tensor | None = None  # [N]      sum_p G_n[p]^2
+    sum_grad_squared: Tensor | None = None  # [*P]     sum_n G_n[p]^2
+    sum_grad_centered_squared: Tensor | None = None  # [*P]     sum_n (G_n[p] - mean_n G_n[p])^2
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], want: Want) -> "Stats":
+        """From an operator's five results, in the order of the fields; the unwanted ones are dropped."""
+        return cls(*(t if want & flag else None for t, flag in zip(tensors, list(Want)[-5:], strict=True)))
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which squares and sums of per-sample gradients of `dtype` are held."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stats_of_chunks(chunks: Iterable[Tensor], want: Want, dtype: torch.dtype) -> Stats:
+    """Statistics of materialised per-sample gradients, by differentiable torch operations.
+
+    Args:
+        chunks: per-sample gradients [N_c, *P] of successive chunks of the batch, at least one, in
+            `statistics_dtype(dtype)`.
+        want: the statistics to form.
+        dtype: the type of the operands, and of the results `grad` and `batch_grad`.
+
+    The centered second moment of two chunks is merged by Chan, Golub and LeVeque (1983).
+    """
+    count, total, squared, centered = 0, None, None, None
+    rows, norms = [], []
+    for chunk in chunks:  # [N_c, *P]
+        n = chunk.shape[0]
+        if want & Want.BATCH_GRAD:
+            rows.append(chunk)
+        if want & Want.BATCH_L2:
+            norms.append(chunk.flatten(1).square().sum(1))
+        if want & (Want.SUM_GRAD_SQUARED | Want.GRAD | Want.SUM_GRAD_CENTERED_SQUARED):
+            chunk_total = chunk.sum(0)
+            if want & Want.SUM_GRAD_SQUARED:
+                chunk_squared = chunk.square().sum(0)
+                squared = chunk_squared if squared is None else squared + chunk_squared
+            if want & Want.SUM_GRAD_CENTERED_SQUARED:
+                chunk_centered = (chunk - chunk_total / max(n, 1)).square().sum(0)
+                if centered is None:
+                    centered = chunk_centered
+                else:
+                    shift = chunk_total / n - total / count
+                    centered = centered + chunk_centered + shift.square() * (count * n / (count + n))
+            total = chunk_total if total is None else total + chunk_total
+        count += n
+    return Stats(
+        grad=total.to(dtype) if want & Want.GRAD else None,
+        batch_grad=torch.cat(rows).to(dtype) if rows else None,
+        batch_l2=torch.cat(norms) if norms else None,
+        sum_grad_squared=squared,
+        sum_grad_centered_squared=centered,
+    )
