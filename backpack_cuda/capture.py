@@ -1,7 +1,7 @@
 """From a layer's backward to results on its parameters: the autograd functions and the bookkeeping of a backward pass.
 
-A layer's forward runs inside one of the two functions below, whose backward asks the active `backpack(...)` context what
-is wanted and forms it, together with the ordinary gradient, in one call. Nothing but what autograd saves is kept.
+A layer's forward runs inside one of the two functions below, whose backward asks the active `backpack(...)` context
+what is wanted and forms it, together with the ordinary gradient, in one call. Nothing but what autograd saves is kept.
 """
 
 import functools
@@ -213,7 +213,7 @@ class _Pending:
 class _Pass:
     """What one backward pass has done so far.
 
-    A pass that activation checkpointing starts inside another one belongs to the outer one: the same loss is differentiated.
+    A pass that activation checkpointing starts inside another one belongs to the outer one: both differentiate one loss.
     """
 
     _of_task: dict[int, "_Pass"] = {}
@@ -331,8 +331,8 @@ def _record(
         key = id(parameter)
         if key in state.finished:
             raise NotImplementedError(
-                f"{type(module).__name__}.{name} is used in several checkpointed segments with use_reentrant=True, whose "
-                "uses cannot be brought together; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
+                f"{type(module).__name__}.{name} is used in several checkpointed segments with use_reentrant=True, "
+                "whose uses cannot be brought together; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
             )
         if key not in state.pending:
             expected = state.expected(node, parameter)

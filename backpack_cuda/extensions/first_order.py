@@ -1,7 +1,7 @@
 """First-order quantities: statistics of the per-sample gradients.
 
-Throughout, l_n is sample n's contribution to the loss l = sum_n l_n that `backward()` is called on, INCLUDING the factor
-1/N of a mean reduction, and g_n [*P] is its gradient for one parameter. So the g_n sum to the ordinary gradient.
+Throughout, l_n is sample n's contribution to the loss l = sum_n l_n that `backward()` is called on, INCLUDING the
+factor 1/N of a mean reduction, and g_n [*P] is its gradient for one parameter. So the g_n sum to the ordinary gradient.
 """
 
 import warnings
@@ -92,10 +92,11 @@ class Variance(FirstOrderExtension):
 
     Float32 (float64 for float64 parameters); biased (1/N) and scaled like g_n^2, as BackPACK's. Never negative.
 
-    Formed as a sum of squared deviations (Welford's update at each sample), so it does not cancel where the mean is large
-    against the spread. The exception is a Linear layer with 2-d input: there the per-sample gradients are never formed,
-    and the variance is the difference of two products, summed in short blocks. Where the mean is 100 times the spread it
-    is within 1 % in float32 for batches of up to some thousand samples; at a ratio r its relative error grows as r^2.
+    Formed as a sum of squared deviations (Welford's update at each sample), so it does not cancel where the mean is
+    large against the spread. The exception is a Linear layer with 2-d input: there the per-sample gradients are never
+    formed, and the variance is the difference of two products, summed in short blocks. Where the mean is 100 times
+    the spread it is within 1 % in float32 for batches of some thousand samples; its relative error grows with the
+    square of that ratio.
     """
 
     want = Want.SUM_GRAD_CENTERED_SQUARED

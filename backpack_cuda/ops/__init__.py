@@ -170,7 +170,7 @@ def bias_grad_stats(grad_output: Tensor, want: str | Iterable[str] = ("grad",), 
 def outer_norm(input: Tensor, grad_output: Tensor) -> Tensor:
     """Squared norms of the outer products grad_output_n input_n^T: "batch_l2" of a Linear layer with 2-d input.
 
-    |b a^T|^2 = |a|^2 |b|^2 (Goodfellow, "Efficient per-example gradient computations", 2015): one read of both operands.
+    |b a^T|^2 = |a|^2 |b|^2 (Goodfellow, "Efficient per-example gradient computations", 2015), so one read of both.
 
     Args:
         input: [N, I].

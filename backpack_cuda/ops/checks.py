@@ -127,7 +127,8 @@ def conv_operands(
     if any(size < 0 for size in expected) or tuple(grad_output.shape[2:]) != expected:
         raise ValueError(
             f"grad_output: expected spatial size {list(expected)} for kernel_size {geometry.kernel_size}, stride "
-            f"{geometry.stride}, padding {geometry.padding}, dilation {geometry.dilation}, {_shapes(input, grad_output)}"
+            f"{geometry.stride}, padding {geometry.padding}, dilation {geometry.dilation}, "
+            f"{_shapes(input, grad_output)}"
         )
     return geometry
 

@@ -67,8 +67,8 @@ class _Bare(nn.Module):
         self._hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, _WEIGHT_HOOKS)]
         if self._computed and not self._hooks:
             raise NotImplementedError(
-                f"{type(module).__name__}: {', '.join(self._computed)} is computed from other parameters outside of the "
-                "module's forward; express it with torch.nn.utils.parametrize"
+                f"{type(module).__name__}: {', '.join(self._computed)} is computed from other parameters outside of "
+                "the module's forward; express it with torch.nn.utils.parametrize"
             )
 
     def forward(self, *args, **kwargs):
