@@ -4,9 +4,11 @@ A layer's forward runs inside one of the two functions below, whose backward ask
 what is wanted and forms it, together with the ordinary gradient, in one call. Nothing but what autograd saves is kept.
 """
 
+import contextlib
 import functools
+import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch.autograd import Variable
 from torch.utils import _pytree as pytree
 
 from backpack_cuda.context import CTX, disable
-from backpack_cuda.per_sample import Use
+from backpack_cuda.per_sample import NoPerSampleGradients, Use
 from backpack_cuda.per_sample.dense import merge
 from backpack_cuda.stats import Stats, Want
 
@@ -56,13 +58,18 @@ class LayerOperation(Protocol):
         """The module's input from the one that `forward` got."""
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Whether operations on such a device run in autocast's type now."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def _without_autocast(backward: Callable) -> Callable:
     """Backward passes run in the types of their operands, also when called inside an autocast region."""
 
     @functools.wraps(backward)
     def run(ctx, *grad_outputs):
         device_type = grad_outputs[0].device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not autocast_enabled(device_type):
             return backward(ctx, *grad_outputs)
         with torch.autocast(device_type, enabled=False):
             return backward(ctx, *grad_outputs)
@@ -213,7 +220,7 @@ class _Pending:
 class _Pass:
     """What one backward pass has done so far.
 
-    A pass that activation checkpointing starts inside another one belongs to the outer one: both differentiate one loss.
+    A pass that activation checkpointing starts inside another belongs to the outer one: both differentiate one loss.
     """
 
     _of_task: dict[int, "_Pass"] = {}
@@ -265,8 +272,9 @@ class _Pass:
     def finish_pending(self, key: int) -> None:
         """Forms the results of a parameter with several uses."""
         pending = self.pending.pop(key)
-        use, name = merge(pending.uses), pending.uses[0][1]
-        _form(use, {name: pending.parameter}, Want.NOTHING)
+        name = pending.uses[0][1]
+        with _warning_if_impossible([pending.parameter]):
+            _form(merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
         self.finished.add(key)
 
     def run_hooks(self) -> None:
@@ -291,6 +299,19 @@ def forget_passes() -> None:
 def _check_mixing(module: nn.Module) -> None:
     for ext in CTX.get_active_exts():
         ext.check_mixed_samples(module)
+
+
+@contextlib.contextmanager
+def _warning_if_impossible(parameters: Iterable[nn.Parameter]):
+    """Warns where a module has no per-sample gradients, and leaves no result (of an earlier pass) on its parameters."""
+    try:
+        yield
+    except NoPerSampleGradients as reason:
+        for parameter in parameters:
+            for ext in CTX.get_active_exts():
+                parameter.__dict__.pop(ext.savefield, None)
+        names = ", ".join(ext.savefield for ext in CTX.get_active_exts())
+        warnings.warn(f"no {names} for the parameters of {reason}", stacklevel=3)
 
 
 def _form(use: Use, parameters: dict[str, nn.Parameter], also: Want) -> dict[str, Stats]:
@@ -346,9 +367,10 @@ def _record(
         if not pending.expected:
             state.finish_pending(key)
     if single:
-        stats = _form(use, single, Want.GRAD if fused else Want.NOTHING)
-        if fused:
-            gradients = {name: stats[name].grad for name in single}
+        with _warning_if_impossible(single.values()):
+            stats = _form(use, single, Want.GRAD if fused else Want.NOTHING)
+            if fused:
+                gradients = {name: stats[name].grad for name in single}
         state.finished.update(map(id, single.values()))
     # A module used several times has its hook called once, after its last use.
     state.waiting = [entry for entry in state.waiting if entry[0] is not module]

@@ -63,8 +63,9 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
-    for child in module.children():
-        extend(child, debug=debug, store_io=store_io)
+    for name, child in module.named_children():
+        if name != "parametrizations":  # part of the module's own forward: owned_parameters()
+            extend(child, debug=debug, store_io=store_io)
     if debug:
         print(f"[DEBUG] Extending {type(module).__name__}")
     if store_io:

@@ -8,6 +8,10 @@ from torch import Tensor
 from backpack_cuda.stats import Stats, Want
 
 
+class NoPerSampleGradients(Exception):
+    """A module's per-sample gradients do not exist or cannot be formed; the message is a sentence for the user."""
+
+
 class Use(ABC):
     """One use of a layer in a forward pass: the per-sample gradients of its parameters, not yet formed.
 
@@ -24,7 +28,7 @@ class Use(ABC):
 
     @abstractmethod
     def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
-        """Statistics of each named parameter. Differentiable under grad mode."""
+        """Statistics of each named parameter. Differentiable under grad mode. May raise NoPerSampleGradients."""
 
     @abstractmethod
     def select(self, samples: slice | Tensor) -> "Use":

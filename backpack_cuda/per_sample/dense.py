@@ -1,6 +1,7 @@
 """Per-sample gradients that are materialised: layers without a factorised form, and sums of unlike uses."""
 
 from collections.abc import Callable
+from functools import cached_property
 from math import prod
 
 import torch
@@ -37,29 +38,27 @@ class DenseUse(Use):
 class LazyDenseUse(Use):
     """A DenseUse that is formed when the first statistic is asked for."""
 
-    def __init__(
-        self,
-        batch_size: int,
-        dtype: torch.dtype,
-        form: Callable[[], dict[str, Tensor]],
-        mixes_samples: bool = False,
-    ):
-        self.batch_size = batch_size
-        self.dtype = dtype
+    def __init__(self, form: Callable[[], dict[str, Tensor]], mixes_samples: bool = False):
         self.mixes_samples = mixes_samples
         self._form = form
-        self._formed: DenseUse | None = None
 
+    @cached_property
     def _dense(self) -> DenseUse:
-        if self._formed is None:
-            self._formed = DenseUse(self._form(), self.mixes_samples)
-        return self._formed
+        return DenseUse(self._form(), self.mixes_samples)
+
+    @property
+    def batch_size(self) -> int:
+        return self._dense.batch_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dense.dtype
 
     def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
-        return self._dense().stats(want)
+        return self._dense.stats(want)
 
     def select(self, samples: slice | Tensor) -> DenseUse:
-        return self._dense().select(samples)
+        return self._dense.select(samples)
 
 
 class SummedUse(Use):

@@ -25,7 +25,7 @@ def batch_norm_forward(module: nn.Module, stock_forward: Callable, input: Tensor
             summands = {"weight": grad_output * normalised, "bias": grad_output}  # [N, C, *]
             return {name: summands[name].flatten(2).sum(2) if x.dim() > 2 else summands[name] for name in parameters}
 
-        return LazyDenseUse(x.shape[0], grad_output.dtype, batch_grads, mixes_samples=mixes)
+        return LazyDenseUse(batch_grads, mixes_samples=mixes)
 
     parameters = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
     return observe(module, parameters, form, (input,), {}, output)

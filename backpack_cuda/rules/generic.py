@@ -1,7 +1,7 @@
 """Every module with parameters that has no rule of its own: its backward, vectorised over the samples.
 
 Right for modules that treat the samples of a batch independently of each other and draw no random numbers; any other
-is recognised by its outputs (those of single samples must be those of the batch) and raises.
+is recognised by its outputs (those of single samples must be those of the batch): a warning, and no result.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from backpack_cuda.capture import Observation, capturing, observe
-from backpack_cuda.per_sample import LazyDenseUse
+from backpack_cuda.per_sample import LazyDenseUse, NoPerSampleGradients
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
@@ -46,12 +46,11 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
         return output
 
     def form(observation: Observation, args: tuple, kwargs: dict, grad_outputs: tuple[Tensor, ...]) -> LazyDenseUse:
-        samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
-        return LazyDenseUse(
-            samples.batch_size,
-            grad_outputs[0].dtype,
-            lambda: samples.batch_grads(observation.parameters, grad_outputs),
-        )
+        def batch_grads() -> dict[str, Tensor]:
+            samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
+            return samples.batch_grads(observation.parameters, grad_outputs)
+
+        return LazyDenseUse(batch_grads)
 
     return observe(module, parameters, form, args, kwargs, output)
 
@@ -66,7 +65,7 @@ class _Bare(nn.Module):
         self._computed = {n: t for n, t in module.__dict__.items() if isinstance(t, Tensor) and t.grad_fn is not None}
         self._hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, _WEIGHT_HOOKS)]
         if self._computed and not self._hooks:
-            raise NotImplementedError(
+            raise NoPerSampleGradients(
                 f"{type(module).__name__}: {', '.join(self._computed)} is computed from other parameters outside of "
                 "the module's forward; express it with torch.nn.utils.parametrize"
             )
@@ -92,7 +91,7 @@ class _Samples:
         first = next((leaf for leaf in self._leaves if isinstance(leaf, Tensor)), None)
         self._batch_dim = 0 if getattr(module, "batch_first", True) else 1
         if first is None or first.dim() <= self._batch_dim:
-            raise NotImplementedError(f"{self._name}: per-sample gradients need an input with a batch dimension")
+            raise NoPerSampleGradients(f"{self._name}: per-sample gradients need an input with a batch dimension")
         self.batch_size = first.shape[self._batch_dim]
         recurrent = isinstance(module, nn.RNNBase)
         # The batch dimension of each input leaf; None for what is the same for every sample.
@@ -105,13 +104,13 @@ class _Samples:
             return dim
         return None
 
-    def _call(self, parameters: dict[str, Tensor], leaves: list) -> list[Tensor]:
-        """The differentiated outputs for the given parameters and input leaves."""
+    def _call(self, parameters: dict[str, Tensor], leaves: list) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The differentiated outputs for the given parameters and input leaves; and parameters and buffers after it."""
         state = {f"module.{name}": tensor for name, tensor in parameters.items()}
-        state.update({name: buffer.clone() for name, buffer in self._buffers.items()})  # a forward may update them
+        state.update({name: buffer.clone() for name, buffer in self._buffers.items()})
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         outputs = pytree.tree_leaves(torch.func.functional_call(self._bare, state, args, kwargs))
-        return [outputs[i] for i in self._positions]
+        return [outputs[i] for i in self._positions], state
 
     def batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Per-sample gradients [N, *P] of the named parameters."""
@@ -119,14 +118,18 @@ class _Samples:
         if self.batch_size == 0:
             return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
         with torch.no_grad():
-            outputs = self._call(parameters, self._leaves)
-            single = self._call(parameters, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
+            outputs, state = self._call(parameters, self._leaves)
+            if not all(torch.equal(state[name], buffer) for name, buffer in self._buffers.items()):
+                raise NoPerSampleGradients(
+                    f"{self._name}: its forward changes its buffers, so that the call cannot be repeated"
+                )
+            single, _ = self._call(parameters, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
         out_dims = [self._output_dim(o.shape, s.shape) for o, s in zip(outputs, single, strict=True)]
 
         def backward(samples: list[Tensor], grads: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
             left = iter(samples)
             leaves = [leaf if dim is None else next(left).unsqueeze(dim) for leaf, dim in self._batched()]
-            found, vjp = torch.func.vjp(lambda p: self._call(p, leaves), parameters)
+            found, vjp = torch.func.vjp(lambda p: self._call(p, leaves)[0], parameters)
             (gradients,) = vjp([g.unsqueeze(dim).to(o.dtype) for g, dim, o in zip(grads, out_dims, found, strict=True)])
             return gradients, found
 
@@ -157,7 +160,7 @@ class _Samples:
             rest_is_equal = whole[:dim] == single[:dim] and whole[dim + 1 :] == single[dim + 1 :]
             if rest_is_equal and single[dim] == 1 and whole[dim] == self.batch_size:
                 return dim
-        raise NotImplementedError(
+        raise NoPerSampleGradients(
             f"{self._name}: expected an output with one entry per sample, got size {list(whole)} for a batch of "
             f"{self.batch_size} and {list(single)} for one sample"
         )
@@ -166,7 +169,7 @@ class _Samples:
         scale = whole.abs().amax().item() if whole.numel() else 0.0
         difference = (whole - samples).abs().nan_to_num(0.0).amax().item() if whole.numel() else 0.0
         if difference > _SAME[whole.dtype] * scale:
-            raise NotImplementedError(
+            raise NoPerSampleGradients(
                 f"{self._name}: its output for a batch is not that of its samples one by one: it mixes the samples or "
                 "draws random numbers, so that per-sample gradients do not exist or cannot be formed again"
             )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from backpack_cuda.capture import LayerFunction, LayerOperation, register
+from backpack_cuda.capture import LayerFunction, LayerOperation, autocast_enabled, register
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def run_layer(module: nn.Module, operation: LayerOperation, input: Tensor) -> Te
     """The output of `module` on the batch `input`, prepared for quantities."""
     weight, bias = module.weight, module.bias
     used = [p for p in (weight, bias) if p is not None and p.requires_grad]
-    if torch.is_autocast_enabled(input.device.type):
+    if autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = (_autocast(t, dtype) for t in (input, weight, bias))
     output = LayerFunction.apply(input, weight, bias, module, operation)
