@@ -1,0 +1,31 @@
+// One kernel source for two compilers. A kernel file includes this header and is then compiled
+//  * by nvcc, for the GPU: the header defines the three KERNEL_* macros and nothing else;
+//  * by a plain C++ compiler, for tests on machines without a GPU: csrc/harness supplies the device side of
+//  the
+//    language, the same macros among it, and executes it on the CPU.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#if defined(__CUDACC__)
+
+// Declares `T* const name`, the dynamic shared memory of the launch.
+#define KERNEL_DYNAMIC_SHARED(T, name)                                            \
+  extern __shared__ __align__(128) unsigned char kernel_dynamic_shared_memory_[]; \
+  T* const name = reinterpret_cast<T*>(kernel_dynamic_shared_memory_)
+
+// Declares a static shared variable: KERNEL_SHARED(partial, float[32]).
+#define KERNEL_SHARED(name, ...)    \
+  using name##_type_ = __VA_ARGS__; \
+  __shared__ name##_type_ name
+
+// Launches a kernel. A kernel with several template arguments goes through a pointer to it, because the
+// preprocessor would cut the argument list at their commas.
+#define KERNEL_LAUNCH(grid, block, shared_bytes, stream, kernel, ...) \
+  kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
+
+#else
+
+#include "harness/device_language.h"
+
+#endif

@@ -1,0 +1,137 @@
+"""Builds kernels for the CUDA-on-CPU harness: shared libraries for ctypes, cached under build/harness.
+
+A library is named by a hash of all that went into it, so a second run compiles nothing.
+"""
+
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from rewrite_ptx import rewrite
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+CACHE = ROOT / "build" / "harness"
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+SANITIZERS = {
+    "": [],
+    "thread": ["-fsanitize=thread"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"],
+}
+
+
+def find_nvcc():
+    """Path of nvcc, or None: from CUDACXX, PATH, CUDA_HOME or the usual place."""
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    candidates += [Path(home) / "bin" / "nvcc" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return next((Path(path) for path in candidates if path and Path(path).is_file()), None)
+
+
+@functools.cache
+def cuda_include_folders():
+    """Folders of NVIDIA's headers, from nvcc's toolkit or from pip packages; empty when there are none."""
+    groups = []
+    if nvcc := find_nvcc():  # it may be a wrapper somewhere else: ask for its toolkit
+        commands = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
+        groups += [[Path(top) / "include"] for top in re.findall(r"^#\$ TOP=(.*)$", commands.stderr, re.M)]
+    groups += [sorted((Path(entry) / "nvidia").glob("*/include")) for entry in sys.path]
+    needed = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")
+    for folders in groups:
+        if all(any((folder / header).is_file() for folder in folders) for header in needed):
+            return folders
+    return []
+
+
+def run_compiler(arguments):
+    """Runs the compiler; raises RuntimeError with its output when it fails or warns."""
+    done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode or done.stderr:
+        raise RuntimeError(f"{COMPILER} {' '.join(map(str, arguments))}\n{done.stderr[:8000]}")
+
+
+def cached(key_parts, suffix, make):
+    """The file in the cache for these parts; `make(path)` writes it when it is not there."""
+    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+    key = hashlib.sha256(repr([version, *key_parts]).encode()).hexdigest()[:24]
+    path = CACHE / (key + suffix)
+    if not path.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            made = Path(folder) / path.name
+            make(made)
+            os.replace(made, path)
+    return path
+
+
+def include_flags(first=()):
+    folders = [*first, CSRC]
+    return [f"-I{folder}" for folder in folders] + [f"-isystem{folder}" for folder in cuda_include_folders()]
+
+
+def runtime_objects():
+    """The harness itself, compiled without sanitizers: it finds them by weak symbols."""
+    sources = sorted((CSRC / "harness").glob("*.cpp"))
+    headers = [path.read_text() for path in sorted((CSRC / "harness").glob("*.h"))]
+
+    def compile_one(source):
+        flags = [*FLAGS, "-O2"]
+        return cached(
+            [source.name, source.read_text(), headers, flags],
+            ".o",
+            lambda path: run_compiler([*flags, *include_flags(), "-c", source, "-o", path]),
+        )
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def kernel_tree(patches):
+    """{path below csrc: text} of all kernel sources: patched, then with their inline PTX rewritten.
+
+    `patches` are (path, old, new); `old` must occur exactly once.
+    """
+    paths = [path for path in (CSRC / "cuda").rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
+    paths += (CSRC / "harness" / "tests").glob("*.cu")
+    tree = {str(path.relative_to(CSRC)): path.read_text() for path in sorted(paths)}
+    for path, old, new in patches:
+        if tree[path].count(old) != 1:
+            raise ValueError(f"{path}: the text to replace occurs {tree[path].count(old)} times: {old!r}")
+        tree[path] = tree[path].replace(old, new)
+    return {path: f'#line 1 "csrc/{path}"\n' + rewrite(text) for path, text in tree.items()}
+
+
+def build(sources, *, sanitizer="", defines=(), patches=()):
+    """Compiles kernel sources and C++ files (paths below csrc) with the harness; returns the library's path.
+
+    sanitizer: "", "thread" or "address" (which includes undefined behaviour); for the kernels only.
+    """
+    if not cuda_include_folders():
+        raise RuntimeError("NVIDIA's CUDA headers are missing")
+    tree = kernel_tree(patches)
+    headers = [path.read_text() for folder in ("harness", "ops") for path in sorted((CSRC / folder).glob("*.h"))]
+    plain = [(CSRC / source).read_text() for source in sources if source not in tree]
+    flags = [*FLAGS, "-DCUDA_ON_CPU_ARCH=800", *SANITIZERS[sanitizer], *defines]
+    if patches:  # what a planted fault leaves unused is no news
+        flags.append("-w")
+    objects = runtime_objects()
+
+    def make(path):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in tree.items():
+                copy = Path(folder) / name
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                copy.write_text(text)
+            files = [Path(folder) / source if source in tree else CSRC / source for source in sources]
+            files = [argument for file in files for argument in ("-x", "c++", file)]
+            link = ["-shared", "-Wl,-Bsymbolic", "-x", "none", *objects, "-o", path]
+            run_compiler([*flags, *include_flags([folder]), *files, *link])
+
+    return cached([sources, tree, headers, plain, flags, [path.name for path in objects]], ".so", make)
