@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from enum import IntFlag
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -57,7 +58,7 @@ def stats_of_chunks(chunks: Iterable[Tensor], want: Want, dtype: torch.dtype) ->
         if want & Want.BATCH_GRAD:
             rows.append(chunk)
         if want & Want.BATCH_L2:
-            norms.append(chunk.flatten(1).square().sum(1))
+            norms.append(chunk.square().reshape(n, prod(chunk.shape[1:])).sum(1))
         if want & (Want.SUM_GRAD_SQUARED | Want.GRAD | Want.SUM_GRAD_CENTERED_SQUARED):
             chunk_total = chunk.sum(0)
             if want & Want.SUM_GRAD_SQUARED:

@@ -1,0 +1,29 @@
+"""Small helpers of all tests."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+
+def named(arguments: str, cases: dict[str, Any]):
+    """`pytest.mark.parametrize` over a dict of cases, its keys as test ids."""
+    return pytest.mark.parametrize(arguments, list(cases.values()), ids=list(cases))
+
+
+def subprocess_environment() -> dict[str, str]:
+    """The environment of a Python program that imports the package and these helpers from the source tree."""
+    here = Path(__file__).resolve().parent
+    paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, largest: float, reference: float | None = None) -> None:
+    """Equal shapes, all finite, error at most `largest` times the largest expected entry (or `reference`)."""
+    assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    if expected.numel():
+        error = (actual.detach().cpu().double() - expected.detach()).abs().max().item()
+        bound = largest * (expected.abs().max().item() if reference is None else reference)
+        assert error <= bound, f"{name}: error {error:.3e} above {bound:.3e}"  # false for NaN
