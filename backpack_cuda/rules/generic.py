@@ -4,6 +4,7 @@ Right for modules that treat the samples of a batch independently of each other 
 is recognised by its outputs (those of single samples must be those of the batch): a warning, and no result.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable
 
@@ -53,6 +54,22 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
         return LazyDenseUse(batch_grads)
 
     return observe(module, parameters, form, args, kwargs, output)
+
+
+@contextlib.contextmanager
+def _without_fused_recurrence(module: nn.Module):
+    """Recurrent layers by torch's own operations: the libraries' fused ones fail under function transforms."""
+    if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
+        yield
+        return
+    onednn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(onednn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 class _Bare(nn.Module):
@@ -114,6 +131,10 @@ class _Samples:
 
     def batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Per-sample gradients [N, *P] of the named parameters."""
+        with _without_fused_recurrence(self._bare):
+            return self._batch_grads(parameters, grad_outputs)
+
+    def _batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         parameters = {n: p if torch.is_grad_enabled() else p.detach() for n, p in parameters.items()}
         if self.batch_size == 0:
             return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
