@@ -1,10 +1,13 @@
 # Each goal sets up .venv and builds the library when needed, and reuses them when nothing changed.
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 ARGS ?=
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
+NEWS := sed -u '/already satisfied/d'
 SAY := @echo '==>'
 CXX_SOURCES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 # Folders too: their times change when files come and go.
@@ -83,12 +86,12 @@ clean:
 
 .venv/.test .venv/.demo .venv/.bench: .venv/.%: requirements/%.txt .venv/.torch
 	$(SAY) 'Installing $<'
-	@$(PIP) install -c .venv/constraints.txt -r $<
+	@$(PIP) install -c .venv/constraints.txt -r $< | $(NEWS)
 	@touch $@
 
 .venv/.lint: requirements/lint.txt .venv/.python
 	$(SAY) 'Installing $<'
-	@$(PIP) install -r $<
+	@$(PIP) install -r $< | $(NEWS)
 	@touch $@
 
 # --- The library ---

@@ -1,0 +1,259 @@
+#include "cpu/contract.h"
+
+#include <limits>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "cpu/options.h"
+
+namespace backpack_cuda::cpu {
+
+using torch::stable::parallel_for;
+
+template <class Acc>
+void ContractPlan<Acc>::choose_tile(const Kernels<Acc>& kernels, int64_t column_vectors) {
+  const Tile<Acc>* tiles = lanes_are_groups ? kernels.grouped : kernels.dense;
+  const int count = lanes_are_groups ? kernels.grouped_count : kernels.dense_count;
+  Tile<Acc> best_tile = tiles[0];
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (int i = 0; i <= count; ++i) {
+    tile = i < count ? tiles[i] : best_tile;
+    panels = ceil_div(rows, tile.mr);
+    blocks = ceil_div(column_vectors, tile.nv);
+    if (cost() < best_cost) best_cost = cost(), best_tile = tile;
+  }
+  lanes = kernels.lanes;
+  column_offset.assign(blocks * tile.nv, 0);
+  column_lanes.assign(blocks * tile.nv, 0);
+}
+
+template <class Acc>
+double ContractPlan<Acc>::cost() const {
+  // Two FMAs or two loads per cycle, four cycles from an FMA to the next on the same register, and the loop itself.
+  const double fmas = tile.mr * tile.nv, loads = tile.mr + tile.nv;
+  return double(groups * panels * blocks) * (std::max({fmas, loads, 8.0}) + tile.nv + 1);
+}
+
+template <class Acc>
+int64_t ContractPlan<Acc>::strips_per_pass() const {
+  constexpr int64_t kArrays = 3;  // sums, sums of squares, unfinished tiles
+  return std::clamp<int64_t>(kAccumulatorBytes / (strip_size() * kArrays * int64_t(sizeof(Acc))), 1, strips());
+}
+
+namespace {
+
+// One call of contract(): its buffers and its loops.
+template <class Acc>
+class Contraction {
+ public:
+  Contraction(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want, const StatsTensors& weight, Workspace& workspace)
+      : plan_(plan), operands_(operands), want_(want), weight_(weight), workspace_(workspace), kernels_(kernels<Acc>()) {
+    centered_ = !plan.rows_are_samples && (want & kSumGradCenteredSquared);
+    partial_ = plan.slabs > 1 && !plan.rows_are_samples && (want & ~kGrad);
+    strips_per_pass_ = plan.strips_per_pass();
+    const int64_t items = plan.strips() * (want & kBatchGrad ? 1 : plan.blocks);
+    splits_ = plan.slabs > 1 ? 1 : std::min({ceil_div(kItems, items), plan.samples, strips_per_pass_ < plan.strips() ? 1 : kItems});
+    store_ = {plan.tile.mr, plan.tile.nv * plan.lanes, plan.rows, plan.columns, plan.panels, plan.lanes_are_groups,
+              plan.source.empty() ? nullptr : plan.source.data(), nullptr};
+
+    split_size_ = strips_per_pass_ * plan.strip_size();
+    const bool sum = want & (kGrad | kSumGradCenteredSquared), square = want & (kSumGradSquared | kSumGradCenteredSquared);
+    if (sum) sum_ = workspace.get<Acc>(splits_ * split_size_);
+    if (square) square_ = workspace.get<Acc>(splits_ * split_size_);
+    if (partial_) partial_tiles_ = workspace.get<Acc>(split_size_);
+
+    const int64_t a_bytes = plan.groups_per_pass() * plan.a_group * int64_t(sizeof(Acc));
+    const int64_t b_bytes = strips_per_pass_ * b_strip() * int64_t(sizeof(Acc));
+    const int64_t target = options().chunk_bytes ? options().chunk_bytes : kChunkBytes;
+    chunk_ = plan.slabs > 1 ? 1 : std::clamp<int64_t>(target / std::max<int64_t>(a_bytes + b_bytes, 1), 1, plan.samples);
+    constexpr int64_t kSlack = 64;  // the last column vector may reach past the last row
+    a_ = workspace.get<Acc>(chunk_ * a_bytes / int64_t(sizeof(Acc)) + kSlack);
+    b_ = workspace.get<Acc>(chunk_ * b_bytes / int64_t(sizeof(Acc)));
+    if (want & kBatchL2) norm_ = workspace.get<double>(chunk_ * strips_per_pass_ * plan.blocks);
+    if (want & kBatchGrad) {
+      strip_scratch_ = plan.strip_size() + plan.columns;
+      scratch_ = workspace.get<Acc>(kItems * strip_scratch_);
+    }
+  }
+
+  void run(const std::function<void(int64_t, int64_t)>& chunk_packed) {
+    const int64_t passes = ceil_div(plan_.strips(), strips_per_pass_), strips = ceil_div(plan_.strips(), passes);
+    for (int64_t begin = 0; begin < plan_.strips(); begin += strips) {
+      strip_begin_ = begin, strip_end_ = std::min(begin + strips, plan_.strips());
+      group_begin_ = strip_begin_ / plan_.panels, group_end_ = ceil_div(strip_end_, plan_.panels);
+      count_.assign(splits_, 0);
+      for (int64_t n = 0; n < plan_.samples; n += chunk_) {
+        const int64_t samples = std::min(chunk_, plan_.samples - n);
+        for (int64_t slab = 0; slab < plan_.slabs; ++slab) {
+          product(n, samples, slab, false);
+          if (slab == 0 && begin == 0) chunk_packed(n, n + samples);
+          if (plan_.rows_are_samples && square_) product(n, samples, slab, true);
+          if (!partial_ || slab + 1 == plan_.slabs)
+            for (int64_t split = 0; split < splits_; ++split) count_[split] += split_begin(samples, split + 1) - split_begin(samples, split);
+        }
+        if (norm_) reduce_norms(n, samples);
+      }
+      finish();
+    }
+  }
+
+ private:
+  // Split-up work for threads: fixed, so that results do not depend on their number.
+  static constexpr int64_t kItems = 16;
+
+  int64_t b_strip() const { return plan_.slab_rows * plan_.tile.mr * plan_.b_lanes(); }
+  int64_t split_begin(int64_t samples, int64_t split) const { return ceil_div(samples * split, splits_); }
+
+  // Packs samples [n, n + samples), or a slab of one sample, and contracts them.
+  void product(int64_t n, int64_t samples, int64_t slab, bool square) {
+    const int64_t groups = group_end_ - group_begin_, strips = strip_end_ - strip_begin_;
+    ContractJob<Acc> job{};
+    job.a = a_, job.b = b_;
+    job.a_sample = groups * plan_.a_group, job.a_group = plan_.a_group;
+    job.row_offset = plan_.row_offset.data(), job.column_offset = plan_.column_offset.data(), job.column_lanes = plan_.column_lanes.data();
+    job.T = operands_.rows_in_slab(slab);
+    job.b_sample = strips * job.T * plan_.tile.mr * plan_.b_lanes();
+    job.rows = plan_.rows, job.panels = plan_.panels, job.blocks = plan_.blocks, job.lanes_are_groups = plan_.lanes_are_groups;
+    job.unit_begin = strip_begin_ * plan_.blocks, job.units = strips * plan_.blocks;
+    if (plan_.rows_are_samples) {
+      job.sum = square ? square_ : sum_;
+    } else {
+      job.sum = sum_, job.square = square_;
+    }
+    job.split_size = split_size_;
+    job.centered = centered_;
+    if (partial_) job.partial = partial_tiles_, job.load_partial = slab > 0, job.store_partial = slab + 1 < plan_.slabs;
+    job.norm = norm_;
+    job.store = store_;
+    if (want_ & kBatchGrad) {
+      const int64_t sample_bytes = plan_.all_rows * plan_.columns * int64_t(weight_.batch_grad.element_size());
+      job.batch_grad = static_cast<char*>(weight_.batch_grad.mutable_data_ptr()) + n * sample_bytes;
+      job.batch_rows = plan_.all_rows;
+      job.store.convert = converter<Acc>(storage_of(weight_.batch_grad));
+    }
+
+    const int64_t parts = samples < kItems ? ceil_div(kItems, samples) : 1;
+    parallel_for(0, samples * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t sample = i / parts;
+        const typename Operands<Acc>::Piece piece{n + sample, slab, i % parts, parts, square};
+        operands_.pack_a(piece, group_begin_, group_end_, a_ + sample * job.a_sample);
+        operands_.pack_b(piece, strip_begin_, strip_end_, b_ + sample * job.b_sample);
+      }
+    });
+
+    const int64_t units_per_item = want_ & kBatchGrad ? plan_.blocks : 1, items = job.units / units_per_item;
+    const int64_t slots = std::min(splits_ * items, want_ & kBatchGrad ? kItems : splits_ * items);
+    parallel_for(0, slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
+      const int64_t begin = slot_begin * splits_ * items / slots, end = slot_end * splits_ * items / slots;
+      for (int64_t i = begin; i < end;) {  // runs of items of one split
+        const int64_t split = i / items, last = std::min(end, (split + 1) * items);
+        ContractRange<Acc> range;
+        range.unit_begin = job.unit_begin + (i - split * items) * units_per_item;
+        range.unit_end = job.unit_begin + (last - split * items) * units_per_item;
+        range.sample_begin = split_begin(samples, split), range.sample_end = split_begin(samples, split + 1);
+        range.split = split, range.split_count = count_[split];
+        range.strip = scratch_ ? scratch_ + slot_begin * strip_scratch_ : nullptr;
+        plan_.tile.run(job, range);
+        i = last;
+      }
+    });
+  }
+
+  void reduce_norms(int64_t n, int64_t samples) {
+    Acc* l2 = static_cast<Acc*>(weight_.batch_l2.mutable_data_ptr()) + n;
+    const int64_t units = (strip_end_ - strip_begin_) * plan_.blocks;
+    for (int64_t i = 0; i < samples; ++i) {
+      double total = strip_begin_ > 0 ? l2[i] : 0.0;
+      for (int64_t unit = 0; unit < units; ++unit) total += norm_[i * units + unit];
+      l2[i] = Acc(total);
+    }
+  }
+
+  // Adds up the splits of a strip, into the first one.
+  void merge_splits(Acc* sum, Acc* square) const {
+    for (int64_t split = 1, total = count_[0]; split < splits_; total += count_[split], ++split) {
+      if (count_[split] == 0) continue;
+      const int64_t other = split * split_size_;
+      const Acc inverse = Acc(1.0 / double(total)), other_inverse = Acc(1.0 / double(count_[split]));
+      const Acc weight = Acc(double(total) * double(count_[split]) / double(total + count_[split]));
+      for (int64_t i = 0; i < plan_.strip_size(); ++i) {
+        if (centered_) {  // Chan, Golub and LeVeque 1979
+          const Acc difference = sum[other + i] * other_inverse - sum[i] * inverse;
+          square[i] += square[other + i] + difference * difference * weight;
+        } else if (square) {
+          square[i] += square[other + i];
+        }
+        if (sum) sum[i] += sum[other + i];
+      }
+    }
+  }
+
+  // Writes one strip to a result of the weight's shape.
+  void write(const Tensor& result, const Acc* tiles, int64_t strip, Acc* scratch) const {
+    StripStore<Acc> store = store_;
+    store.convert = converter<Acc>(storage_of(result));
+    kernels_.store_strip(store, tiles, strip, scratch, result.mutable_data_ptr(), 0);
+  }
+
+  // Writes the sums of one strip; overwrites `square`.
+  void finish_strip(Acc* sum, Acc* square, int64_t strip, Acc* scratch) const {
+    merge_splits(sum, square);
+    const Acc inverse = Acc(1 / double(plan_.rows_are_samples ? plan_.rows_are_samples : plan_.samples));
+    const int64_t size = plan_.strip_size();
+    if (want_ & kGrad) write(weight_.grad, sum, strip, scratch);
+    if (centered_) {
+      write(weight_.sum_grad_centered_squared, square, strip, scratch);
+      if (!(want_ & kSumGradSquared)) return;
+      for (int64_t i = 0; i < size; ++i) square[i] += sum[i] * inverse * sum[i];
+    }
+    if (want_ & kSumGradSquared) write(weight_.sum_grad_squared, square, strip, scratch);
+    if (centered_ || !(want_ & kSumGradCenteredSquared)) return;
+    for (int64_t i = 0; i < size; ++i) square[i] = centered_difference(square[i], sum[i] * inverse * sum[i]);
+    write(weight_.sum_grad_centered_squared, square, strip, scratch);
+  }
+
+  void finish() {
+    if (!(want_ & (kGrad | kSumGradSquared | kSumGradCenteredSquared))) return;
+    parallel_for(strip_begin_, strip_end_, 1, [&](int64_t begin, int64_t end) {
+      std::vector<Acc> scratch(plan_.columns);
+      for (int64_t strip = begin; strip < end; ++strip) {
+        const int64_t offset = (strip - strip_begin_) * plan_.strip_size();
+        finish_strip(sum_ ? sum_ + offset : nullptr, square_ ? square_ + offset : nullptr, strip, scratch.data());
+      }
+    });
+  }
+
+  const ContractPlan<Acc>& plan_;
+  const Operands<Acc>& operands_;
+  const int64_t want_;
+  const StatsTensors& weight_;
+  Workspace& workspace_;
+  const Kernels<Acc>& kernels_;
+  bool centered_, partial_;
+  int64_t strips_per_pass_, splits_, split_size_, chunk_, strip_scratch_ = 0;
+  StripStore<Acc> store_;
+  Acc *sum_ = nullptr, *square_ = nullptr;   // [splits, strips of a pass, blocks, mr, nv, lanes]
+  Acc* partial_tiles_ = nullptr;             // [strips of a pass, blocks, mr, nv, lanes]
+  Acc *a_, *b_, *scratch_ = nullptr;
+  double* norm_ = nullptr;  // [samples of a chunk, units of a pass]
+  int64_t strip_begin_ = 0, strip_end_ = 0, group_begin_ = 0, group_end_ = 0;  // of this pass
+  std::vector<int64_t> count_;                                                 // samples in each split
+};
+
+}  // namespace
+
+template <class Acc>
+void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want, const StatsTensors& weight, Workspace& workspace,
+              const std::function<void(int64_t, int64_t)>& chunk_packed) {
+  Contraction<Acc>(plan, operands, want, weight, workspace).run(chunk_packed);
+}
+
+#define INSTANTIATE(Acc)                                                                                              \
+  template struct ContractPlan<Acc>;                                                                                  \
+  template void contract<Acc>(const ContractPlan<Acc>&, const Operands<Acc>&, int64_t, const StatsTensors&, Workspace&, \
+                              const std::function<void(int64_t, int64_t)>&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace backpack_cuda::cpu

@@ -1,0 +1,75 @@
+#include "cpu/stats_tensors.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "cpu/workspace.h"
+
+namespace backpack_cuda::cpu {
+namespace {
+
+Tensor result(const Tensor& like, bool wanted, const std::vector<int64_t>& shape, ScalarType dtype) {
+  const std::vector<int64_t> none{0};
+  Tensor tensor = torch::stable::new_empty(like, wanted ? shape : none, dtype);
+  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  return tensor;
+}
+
+std::vector<int64_t> with_batch(int64_t N, std::vector<int64_t> shape) {
+  shape.insert(shape.begin(), N);
+  return shape;
+}
+
+template <class To>
+void convert(const float* from, int64_t count, void* to, int64_t to_offset) {
+  To* out = static_cast<To*>(to) + to_offset;
+  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<To>(from[i]);
+}
+
+}  // namespace
+
+StatsTensors::StatsTensors(const Tensor& like, const std::vector<int64_t>& shape, int64_t N, int64_t want)
+    : grad(result(like, want & kGrad, shape, like.scalar_type())),
+      batch_grad(result(like, want & kBatchGrad, with_batch(N, shape), like.scalar_type())),
+      batch_l2(result(like, want & kBatchL2, {N}, statistics_dtype(like))),
+      sum_grad_squared(result(like, want & kSumGradSquared, shape, statistics_dtype(like))),
+      sum_grad_centered_squared(result(like, want & kSumGradCenteredSquared, shape, statistics_dtype(like))) {}
+
+void StatsTensors::fill_zero() {
+  for (Tensor* tensor : {&grad, &batch_grad, &batch_l2, &sum_grad_squared, &sum_grad_centered_squared}) torch::stable::zero_(*tensor);
+}
+
+FiveStats as_tuple(const StatsTensors& p) {
+  return {p.grad, p.batch_grad, p.batch_l2, p.sum_grad_squared, p.sum_grad_centered_squared};
+}
+
+TenStats as_tuple(const StatsTensors& weight, const StatsTensors& bias) { return std::tuple_cat(as_tuple(weight), as_tuple(bias)); }
+
+Storage storage_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    default:
+      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half, "unsupported dtype");
+      return kFloat16;
+  }
+}
+
+template <>
+Convert<float> converter<float>(Storage storage) {
+  if (storage == kBFloat16) return convert<torch::headeronly::BFloat16>;
+  if (storage == kFloat16) return convert<torch::headeronly::Half>;
+  return nullptr;
+}
+
+template <>
+Convert<double> converter<double>(Storage) {
+  return nullptr;
+}
+
+}  // namespace backpack_cuda::cpu
