@@ -81,9 +81,8 @@ def test_has_no_search_path():
 
 
 def test_exports_no_symbol():
-    """Everything is hidden; operators register themselves when the library is loaded."""
-    defined = run("nm", "-D", "--defined-only", "-C", LIBRARY)
-    assert not re.findall(r"^.*backpack_cuda.*$", defined, re.M)
+    """Nothing can clash with another library: operators register themselves when this one is loaded."""
+    assert run("nm", "-D", "--defined-only", LIBRARY) == ""
 
 
 @pytest.mark.skipif(not BUILD.exists(), reason="the library was not built here with this Python and torch")
@@ -138,8 +137,8 @@ PROBE = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
 import backpack_cuda as bp
-input, grad_output = torch.ones(3, 4), torch.full((3, 2), 2.0)
-print(torch.__version__, bp.ops.outer_norm(input, grad_output).tolist())
+norms = bp._lib.operators().outer_norm(torch.ones(3, 4), torch.full((3, 2), 2.0))
+print(torch.__version__, norms.tolist())
 """
 
 

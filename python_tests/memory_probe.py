@@ -1,0 +1,88 @@
+"""`python memory_probe.py DTYPE`: bytes of peak memory that large operator calls take beyond operands and results.
+
+A program of its own, because only a process without a history has a clean heap. Prints {case: bytes} as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from op_cases import LAYOUTS, Case, conv, linear, want_bits
+
+STATISTICS = ("grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared")
+LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {
+    "linear": (linear((6000, 1500), 1000), STATISTICS),
+    "linear_norms": (linear((30000, 500), 300), ("batch_l2",)),
+    "linear_tokens": (linear((8, 4000, 500), 600), STATISTICS),
+    "linear_tokens_norms": (linear((2000, 6, 500), 600), ("batch_l2",)),
+    "linear_few_tokens": (linear((2000, 6, 500), 600), ("grad", "batch_l2")),
+    "linear_tokens_time_major": (
+        linear((8, 4000, 500), 600, input_layout="batch_inside", grad_output_layout="batch_inside"),
+        STATISTICS,
+    ),
+    "linear_one_long_sequence": (linear((1, 60000, 200), 150), STATISTICS),
+    "linear_many_features": (linear((4, 8, 5000), 3000), STATISTICS),
+    "linear_one_output": (linear((100, 300, 800), 1), STATISTICS),
+    "conv": (conv((24, 48, 80, 80), 48, 3, padding=1), STATISTICS),
+    "conv_norms": (conv((24, 48, 80, 80), 48, 3, padding=1), ("batch_l2",)),
+    "conv_channels_last": (
+        conv((24, 48, 80, 80), 48, 3, input_layout="channels_last", grad_output_layout="channels_last"),
+        STATISTICS,
+    ),
+    "conv_1x1": (conv((40, 128, 60, 60), 64, 1), STATISTICS),
+    "conv_many_channels": (conv((2, 1500, 12, 12), 600, 3, padding=1), STATISTICS),
+    "conv_large_image": (conv((1, 6, 1500, 1800), 5, 3, padding=1), STATISTICS),
+    "conv_wide_image": (conv((1, 40, 5, 40000), 7, 3, padding=1), STATISTICS),
+    "conv_large_strided_image": (conv((1, 16, 1500, 1500), 40, 5, stride=3), STATISTICS),
+    "conv_dilated_image": (conv((1, 8, 1200, 1200), 8, 3, padding=30, dilation=30), STATISTICS),
+    "conv_depthwise": (conv((4, 48, 400, 400), 48, 3, padding=1, groups=48), STATISTICS),
+    "conv_large_depthwise_image": (conv((1, 4, 2000, 2000), 8, 5, padding=2, groups=4), STATISTICS),
+    "conv_grouped": (conv((8, 96, 100, 100), 96, 3, padding=1, groups=8), STATISTICS),
+    "conv1d_long": (conv((1, 12, 600000), 10, 9, padding=4), STATISTICS),
+    "conv3d_volume": (conv((1, 6, 100, 120, 130), 5, 3, padding=1), STATISTICS),
+    "conv_transpose": (conv((4, 24, 160, 160), 16, 3, stride=2, output_padding=1), STATISTICS),
+    "conv_transpose_large_image": (conv((1, 5, 800, 900), 6, 4, stride=2, padding=1, output_padding=0), STATISTICS),
+}
+
+WARM_UP = {case.family: case for case in (linear((4, 9, 20), 30), conv((4, 3, 9, 9), 8, 3))}
+WARM_UP["conv_transpose"] = conv((4, 3, 9, 9), 8, 3, output_padding=0)
+
+
+def status(field: str) -> int:
+    """Bytes of a memory line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def extra_bytes(case: Case, want: tuple[str, ...], dtype: torch.dtype) -> int:
+    """Peak resident memory of one call above what was resident before and what its results hold."""
+    WARM_UP[case.family].raw(*WARM_UP[case.family].operands(dtype=dtype))  # loads code and starts threads
+    shapes = (case.input_shape, case.input_layout), (case.output_shape(), case.grad_output_layout)
+    operands = [LAYOUTS[layout](torch.full(shape, 0.5, dtype=dtype)) for shape, layout in shapes]
+    bits = want_bits(*want)
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts at what is resident now
+    before = status("VmRSS")
+    weight, bias = case.raw(*operands, bits, bits)
+    return status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in (*weight, *bias))
+
+
+def in_a_fork(function, *arguments) -> int:
+    """The result of a call made by a forked copy of this process, so that each call finds the same clean heap."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, str(function(*arguments)).encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as pipe:
+        result = pipe.read()
+    assert os.waitpid(child, 0)[1] == 0, arguments
+    return int(result)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    dtype = getattr(torch, sys.argv[1])
+    print(json.dumps({name: in_a_fork(extra_bytes, *case, dtype) for name, case in LARGE.items()}))

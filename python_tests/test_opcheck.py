@@ -1,0 +1,74 @@
+"""torch.library.opcheck of every operator of the library, and fake results against real ones."""
+
+import pytest
+import torch
+from helpers import named
+from op_cases import ALL_FIELDS, CASES, want_bits
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+NAMES = sorted(
+    name.split("::")[1].split(".")[0]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("backpack_cuda::")
+)
+SWITCHES = {"_cpu_option"}  # without tensors: nothing to fake
+WANTS = [(ALL_FIELDS, ALL_FIELDS), (want_bits("grad"), 0), (0, want_bits("batch_l2", "batch_grad"))]
+
+
+def examples(device: torch.device) -> dict[str, list[tuple]]:
+    """Arguments of each operator."""
+    result: dict[str, list[tuple]] = {f"{family}_grad_stats": [] for family in ("linear", "conv", "conv_transpose")}
+    for case in CASES.values():
+        for dtype, wants in zip((torch.float32, torch.float64, torch.bfloat16), WANTS, strict=True):
+            arguments = (*case.operands(device, dtype), *case.geometry_arguments(), *wants)
+            result[f"{case.family}_grad_stats"].append(arguments)
+    grad_output = torch.randn(3, 4, 5, device=device)
+    result["bias_grad_stats"] = [(grad_output, dim, want) for dim in (1, 2, -1) for want in (ALL_FIELDS, 5)]
+    rows = torch.randn(6, 4, device=device)
+    result["outer_norm"] = [(rows, rows[:, :3]), (rows.double(), rows.double().expand(6, 4)), (rows[:0], rows[:0])]
+    return result
+
+
+def test_every_operator_is_known():
+    """A new operator needs examples here, and a fake kernel."""
+    assert set(NAMES) - SWITCHES == set(examples(torch.device("cpu")))
+    for name in set(NAMES) - SWITCHES:
+        assert torch._library.utils.has_fake_kernel(getattr(torch.ops.backpack_cuda, name).default), name
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SWITCHES))
+def test_opcheck(name, device):
+    for arguments in examples(device)[name]:
+        torch.library.opcheck(getattr(torch.ops.backpack_cuda, name).default, arguments)
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - SWITCHES))
+def test_fake_results_look_like_real_ones(name, device):
+    operator = getattr(torch.ops.backpack_cuda, name)
+    for arguments in examples(device)[name]:
+        real = operator(*arguments)
+        with FakeTensorMode() as mode:
+            fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
+        pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
+        for expected, actual in pairs:
+            assert actual.shape == expected.shape
+            assert actual.dtype == expected.dtype
+            assert actual.device == expected.device
+            assert actual.stride() == expected.stride()
+
+
+@named("case", {name: CASES[name] for name in ("linear_tokens", "conv2d_grouped", "conv_transpose2d")})
+def test_operators_trace_with_symbolic_sizes(case, device):
+    """A compiled function of changing batch size calls the operator without a break."""
+
+    @torch.compile(backend="eager", fullgraph=True, dynamic=True)
+    def norms(input, grad_output):
+        want = want_bits("batch_l2")
+        return getattr(torch.ops.backpack_cuda, f"{case.family}_grad_stats")(
+            input, grad_output, *case.geometry_arguments(), want, 0
+        )[2]
+
+    input, grad_output = case.operands(device)
+    for samples in (len(input), 2):
+        operands = input[:samples], grad_output[:samples]
+        assert torch.equal(norms(*operands), case.raw(*operands, want_bits("batch_l2"), 0)[0].batch_l2)
