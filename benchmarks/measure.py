@@ -1,0 +1,250 @@
+"""Time, peak memory and correctness of the cells (library, quantity) of one model.
+
+`time_model` and `measure_memory` change the state of their process: call them through `in_new_process`.
+"""
+
+import ctypes
+import gc
+import multiprocessing
+import random
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import CASES
+from peers import LIBRARIES, QUANTITIES, Peer
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure."""
+
+    rounds: int = 30  # times each cell is timed
+    slow_rounds: int = 3  # the same for cells that take more than `slow_ratio` plain steps
+    slow_ratio: float = 30.0
+    warm_steps: int = 1  # untimed steps of the same cell before each timed one, as in a training loop
+    threads: int = 2
+    device: str = "cpu"
+    seed: int = 0  # of the order of the cells
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)` in a fresh process, so that nothing measured before has left its traces.
+
+    The process is forked from a server that has imported torch but never computed anything.
+
+    Raises:
+        concurrent.futures.process.BrokenProcessPool: if the process died, say for lack of memory.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "backpack_cuda", "backpack", "opacus.grad_sample"])
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def prepare_process(options: Options) -> None:
+    """Settings of a measuring process."""
+    gc.freeze()  # collections need not look at everything that was imported
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")  # BackPACK and Opacus warn of their hooks, and of layers without a rule
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+def seconds_of(step: Callable[[], None], device: str) -> float:
+    """How long `step` takes; on a GPU between two events on its stream."""
+    if device == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def summary(seconds: list[float], plain_seconds: list[float]) -> dict[str, Any]:
+    """Median time, ratio of the medians, and quartiles of the ratios within the rounds.
+
+    A slow cell takes part in the first rounds only.
+    """
+    ratios = sorted(own / plain for own, plain in zip(seconds, plain_seconds, strict=False))
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    return {
+        "milliseconds": 1e3 * statistics.median(seconds),
+        "ratio": statistics.median(seconds) / statistics.median(plain_seconds),
+        "quartiles": [quartiles[0], quartiles[2]],
+        "rounds": len(seconds),
+    }
+
+
+def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) -> dict[str, Any]:
+    """Check the numbers of every cell (library, quantity) of a model, then time it against plain torch.
+
+    Each round runs the plain step and then every cell, in random order, since a step inherits caches and heap of
+    its predecessor. Gradients and results are dropped after every step, outside of the timing.
+
+    Returns: {"plain": {...}, "cells": [{"library", "quantity", "milliseconds", "ratio", ...}, ...]}
+    """
+    prepare_process(options)
+    model, inputs, labels = CASES[model_name].make(options.device)
+    plain = Peer(model)
+    peers = {library: LIBRARIES[library](model) for library in dict(cells)}
+
+    def timed(peer: Peer, quantity: str, warm_steps: int) -> float:
+        for _ in range(warm_steps):
+            peer.step(quantity, inputs, labels)
+            peer.drop()
+        seconds = seconds_of(lambda: peer.step(quantity, inputs, labels), options.device)
+        peer.drop()
+        return seconds
+
+    checks = check_model(model, peers, cells, inputs, labels)
+    slow_seconds = options.slow_ratio * min(timed(plain, "none", 1) for _ in range(3))
+    slow = {cell for cell in cells if timed(peers[cell[0]], cell[1], 0) > slow_seconds}
+
+    order = random.Random(options.seed)
+    plain_seconds: list[float] = []
+    cell_seconds: dict[tuple[str, str], list[float]] = {cell: [] for cell in cells}
+    gc.disable()
+    for number in range(options.rounds):
+        gc.collect()
+        plain_seconds.append(timed(plain, "none", options.warm_steps))
+        due = [cell for cell in cells if cell not in slow or number < options.slow_rounds]
+        for cell in order.sample(due, len(due)):
+            library, quantity = cell
+            warm_steps = 0 if cell in slow else options.warm_steps
+            cell_seconds[cell].append(timed(peers[library], quantity, warm_steps))
+    gc.enable()
+
+    return {
+        "plain": summary(plain_seconds, plain_seconds),
+        "cells": [
+            {"library": cell[0], "quantity": cell[1]} | summary(cell_seconds[cell], plain_seconds) | checks[cell]
+            for cell in cells
+        ],
+    }
+
+
+# --- numbers -----------------------------------------------------------------------------------------------
+
+
+def reference_results(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    """What every extension should give, from one plain backward pass per sample: extension -> name -> tensor."""
+    parameters = dict(model.named_parameters())
+    rows = []
+    for n in range(len(labels)):
+        loss = cross_entropy(model(inputs[n : n + 1]), labels[n : n + 1]) / len(labels)
+        rows.append(torch.autograd.grad(loss, list(parameters.values())))
+    batch_grads = {name: torch.stack(column) for name, *column in zip(parameters, *rows, strict=True)}
+    return {
+        "BatchGrad": batch_grads,
+        "BatchL2Grad": {name: g.flatten(1).double().square().sum(1) for name, g in batch_grads.items()},
+        "SumGradSquared": {name: g.double().square().sum(0) for name, g in batch_grads.items()},
+        "Variance": {name: g.double().var(0, correction=0) for name, g in batch_grads.items()},
+    }
+
+
+def check_model(
+    model: nn.Module, peers: dict[str, Peer], cells: list[tuple[str, str]], inputs: Tensor, labels: Tensor
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Compare every cell's results with plain torch.
+
+    Returns: for each cell "relative_error" (largest difference over largest value, worst parameter; None if there
+    is nothing to compare) and "missing" (number of parameters without a result)
+    """
+    reference = reference_results(model, inputs, labels)
+    checks = {}
+    for library, quantity in cells:
+        peer = peers[library]
+        peer.step(quantity, inputs, labels)
+        errors, missing = [], 0
+        for extension in QUANTITIES[quantity]:
+            results = peer.results(extension)
+            for name, expected in reference[extension].items():
+                if name in results:
+                    errors.append(((results[name] - expected).abs().max() / expected.abs().max()).item())
+                else:
+                    missing += 1
+        peer.drop()
+        checks[library, quantity] = {"relative_error": max(errors, default=None), "missing": missing}
+    return checks
+
+
+# --- memory ------------------------------------------------------------------------------------------------
+
+
+def resident_bytes(field: str) -> int:
+    """`field` of this process: "VmRSS", "VmHWM" (peak of VmRSS since its reset), "RssAnon" (without mapped files)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(rf"{field}:\s+(\d+) kB", status)[1])
+
+
+def return_free_memory() -> None:
+    """Give freed memory back to the system, so that using it again counts as a rise."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def allocated_bytes(device: str) -> int:
+    """Memory in use now."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    return_free_memory()
+    return resident_bytes("RssAnon")
+
+
+def rise_during(step: Callable[[], None], device: str) -> int:
+    """How far memory rises above its level before `step`, while it runs."""
+    if device == "cuda":
+        before = allocated_bytes(device)
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    return_free_memory()
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    before = resident_bytes("VmRSS")
+    step()
+    return resident_bytes("VmHWM") - before
+
+
+def measure_memory(model_name: str, library: str, quantity: str, options: Options) -> dict[str, int]:
+    """Peak memory of a step with `quantity` over that of a plain torch step.
+
+    Returns: in bytes, "extra_bytes" (the peak over plain torch's; results and what is kept between steps included),
+    "kept_bytes" (what the first step leaves behind when its results are dropped) and "result_bytes"
+    """
+    prepare_process(options)
+    model, inputs, labels = CASES[model_name].make(options.device)
+
+    def measure(peer: Peer, quantity: str) -> tuple[int, int, int]:
+        before = allocated_bytes(options.device)
+        begin = time.perf_counter()
+        peer.step(quantity, inputs, labels)
+        result_bytes = peer.result_bytes(quantity)
+        peer.drop()
+        kept = max(0, allocated_bytes(options.device) - before)
+        rises = []
+        while len(rises) < 3 and (not rises or time.perf_counter() - begin < 10):  # the very slow only once
+            rises.append(rise_during(lambda: peer.step(quantity, inputs, labels), options.device))
+            peer.drop()
+        return statistics.median_low(rises), kept, result_bytes
+
+    plain_rise, _, _ = measure(Peer(model), "none")
+    rise, kept, result_bytes = measure(LIBRARIES[library](model), quantity)
+    return {"extra_bytes": rise + kept - plain_rise, "kept_bytes": kept, "result_bytes": result_bytes}

@@ -1,0 +1,97 @@
+"""The models of the benchmark, built of stock torch layers; every library adapts its own copy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, scaled_dot_product_attention
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with its batch."""
+
+    description: str
+    build: Callable[[], nn.Module]
+    input_shape: tuple[int, ...]  # [N, ...]
+
+    def make(self, device: str) -> tuple[nn.Module, Tensor, Tensor]:
+        """Model, input [N, ...] and labels [N], the same in every process."""
+        torch.manual_seed(0)
+        model = self.build()
+        images = torch.randn(self.input_shape)
+        labels = torch.randint(CLASSES, self.input_shape[:1])
+        return model.to(device), images.to(device), labels.to(device)
+
+
+def mlp() -> nn.Module:
+    """784-512-512-10."""
+    return nn.Sequential(nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, CLASSES))
+
+
+def net_3c3d() -> nn.Module:
+    """The CIFAR-10 network "3c3d" of DeepOBS (Schneider et al. 2019): three convolutions, three dense layers."""
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+
+    return nn.Sequential(
+        *(nn.Conv2d(3, 64, 5), nn.ReLU(), pool()),
+        *(nn.Conv2d(64, 96, 3), nn.ReLU(), pool()),
+        *(nn.ZeroPad2d(1), nn.Conv2d(96, 128, 3), nn.ReLU(), pool()),
+        *(nn.Flatten(), nn.Linear(1152, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()),
+        nn.Linear(256, CLASSES),
+    )
+
+
+def seq() -> nn.Module:
+    """Dense layers 128-512-128 applied to each of 64 positions: weights with a sequence dimension."""
+    return nn.Sequential(
+        nn.Linear(128, 512), nn.ReLU(), nn.Linear(512, 128), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 128, CLASSES)
+    )
+
+
+class EncoderLayer(nn.Module):
+    """A transformer encoder layer (pre-norm, GELU), written out so that its Linear layers are called as such."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 4 * width)
+        self.contract = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> [N, T, width]."""
+        split = self.query_key_value(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = split.permute(2, 0, 3, 1, 4)  # each [N, heads, T, width / heads]
+        attended = scaled_dot_product_attention(query, key, value)
+        x = x + self.project(attended.transpose(1, 2).flatten(2))
+        return x + self.contract(gelu(self.expand(self.norm_mlp(x))))
+
+
+class Encoder(nn.Module):
+    """Two encoder layers and a classifier on the mean over positions."""
+
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(EncoderLayer(width, heads), EncoderLayer(width, heads))
+        self.classify = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> [N, CLASSES]."""
+        return self.classify(self.layers(x).mean(1))
+
+
+CASES = {
+    "mlp": Case("784-512-512-10, N = 128", mlp, (128, 784)),
+    "3c3d": Case("DeepOBS 3c3d on CIFAR-10 shapes, N = 64", net_3c3d, (64, 3, 32, 32)),
+    "seq": Case("Linear 128-512-128 on [16, 64, 128], then a classifier", seq, (16, 64, 128)),
+    "encoder": Case("2-layer transformer encoder, d = 256, T = 128, N = 16", Encoder, (16, 128, 256)),
+}

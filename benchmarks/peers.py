@@ -1,0 +1,160 @@
+"""The libraries that are compared, behind one interface."""
+
+import copy
+import importlib
+import warnings
+from contextlib import nullcontext
+from importlib.metadata import version
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+# What is asked for -> the extensions that give it, under BackPACK's names.
+QUANTITIES = {
+    "none": (),
+    "BatchGrad": ("BatchGrad",),
+    "BatchL2Grad": ("BatchL2Grad",),
+    "SumGradSquared": ("SumGradSquared",),
+    "Variance": ("Variance",),
+    "together": ("BatchL2Grad", "SumGradSquared", "Variance"),
+}
+# Extension -> the parameters' attribute that holds its result.
+RESULTS = {
+    "BatchGrad": "grad_batch",
+    "BatchL2Grad": "batch_l2",
+    "SumGradSquared": "sum_grad_squared",
+    "Variance": "variance",
+}
+
+
+class Peer:
+    """A way to run a training step with statistics; this class is the plain one, without any."""
+
+    title = "torch"
+    package = "torch"
+    quantities = ("none",)
+
+    def __init__(self, model: nn.Module) -> None:
+        """Adapt a copy of `model`."""
+        self.model = copy.deepcopy(model)
+
+    @classmethod
+    def version(cls) -> str:
+        """Version of the installed package; raises ImportError where there is none."""
+        return importlib.import_module(cls.package).__version__
+
+    def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        """Forward and backward pass that also computes `quantity`, one of `quantities`."""
+        cross_entropy(self.model(inputs), labels).backward()
+
+    def results(self, extension: str) -> dict[str, Tensor]:
+        """What `extension` left behind, scaled as BackPACK does, by the parameter's name."""
+        found = ((name, getattr(p, RESULTS[extension], None)) for name, p in self.model.named_parameters())
+        return {name: result for name, result in found if result is not None}
+
+    def result_bytes(self, quantity: str) -> int:
+        """Memory that the results of the last step take, without the gradient."""
+        results = (r for extension in QUANTITIES[quantity] for r in self.results(extension).values())
+        return sum(result.nbytes for result in results)
+
+    def drop(self) -> None:
+        """Forget gradients and results, so that the next step starts like the first."""
+        for p in self.model.parameters():
+            p.grad = None
+            for attribute in RESULTS.values():
+                if hasattr(p, attribute):
+                    delattr(p, attribute)
+
+
+class BackpackStyle(Peer):
+    """BackPACK's interface, which this product shares."""
+
+    quantities = tuple(QUANTITIES)
+
+    def __init__(self, model: nn.Module) -> None:
+        library = importlib.import_module(self.package)
+        super().__init__(model)
+        self.model = library.extend(self.model)
+        self.backpack = library.backpack
+        self.extensions = importlib.import_module(self.package + ".extensions")
+
+    def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        extensions = [getattr(self.extensions, name)() for name in QUANTITIES[quantity]]
+        loss = cross_entropy(self.model(inputs), labels)
+        with self.backpack(*extensions) if extensions else nullcontext():
+            loss.backward()
+
+
+class BackpackCuda(BackpackStyle):
+    """This product."""
+
+    title = "backpack_cuda"
+    package = "backpack_cuda"
+
+
+class Backpack(BackpackStyle):
+    """BackPACK as its own installation leaves it: torch.einsum contracts from left to right."""
+
+    title = "BackPACK"
+    package = "backpack"
+    opt_einsum = False
+
+    @classmethod
+    def version(cls) -> str:
+        importlib.import_module(cls.package)  # an ImportError names the package
+        return version("backpack-for-pytorch")
+
+    def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        # Opacus brings opt_einsum along, which torch then uses for everybody.
+        with torch.backends.opt_einsum.flags(enabled=self.opt_einsum):
+            super().step(quantity, inputs, labels)
+
+
+class BackpackOptEinsum(Backpack):
+    """BackPACK where the package opt_einsum is installed too, which chooses a better order of contraction."""
+
+    title = "BackPACK + opt_einsum"
+    opt_einsum = True
+
+    @classmethod
+    def version(cls) -> str:
+        return f"{super().version()} + {version('opt_einsum')}"
+
+
+class Opacus(Peer):
+    """Opacus: per-sample gradients, and the norms of its "ghost clipping" (their computation, not the clipping)."""
+
+    title = "Opacus"
+    package = "opacus"
+    quantities = ("BatchGrad", "BatchL2Grad")
+
+    def __init__(self, model: nn.Module) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library = importlib.import_module("opacus.grad_sample")
+        super().__init__(model)
+        wrappers = library.GradSampleModule, library.GradSampleModuleFastGradientClipping
+        self.wrapped = {q: wrap(copy.deepcopy(model)) for q, wrap in zip(self.quantities, wrappers, strict=True)}
+
+    def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        self.batch_size = len(labels)
+        cross_entropy(self.wrapped[quantity](inputs), labels).backward()
+
+    def results(self, extension: str) -> dict[str, Tensor]:
+        attribute, power = {"BatchGrad": ("grad_sample", 1), "BatchL2Grad": ("_norm_sample", 2)}[extension]
+        parameters = self.wrapped[extension]._module.named_parameters()
+        return {name: (getattr(p, attribute) / self.batch_size) ** power for name, p in parameters}
+
+    def drop(self) -> None:
+        for wrapped in self.wrapped.values():
+            for p in wrapped.parameters():
+                p.grad = p.grad_sample = p._norm_sample = None
+
+
+LIBRARIES = {
+    "backpack_cuda": BackpackCuda,
+    "backpack": Backpack,
+    "backpack_opt_einsum": BackpackOptEinsum,
+    "opacus": Opacus,
+}
