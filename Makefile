@@ -36,7 +36,7 @@ demo: build .venv/.demo
 
 test: build .venv/.test
 	$(SAY) 'Running the tests'
-	@$(PY) -m pytest python_tests $(ARGS)
+	@$(PY) -m pytest $(ARGS)
 
 bench: build .venv/.bench
 	$(SAY) 'Running the benchmarks'
@@ -77,14 +77,7 @@ clean:
 	@$(PIP) freeze | grep '^torch==' > .venv/constraints.txt
 	@touch $@
 
-.venv/.build: requirements/build.txt requirements/cutlass.txt .venv/.torch
-	$(SAY) 'Installing $<'
-	@$(PIP) install -c .venv/constraints.txt -r $<
-	@if PATH="$$PATH:/usr/local/cuda/bin" command -v nvcc >/dev/null; then \
-	  $(PIP) install --no-deps -r requirements/cutlass.txt || echo 'Going on without CUTLASS.'; fi
-	@touch $@
-
-.venv/.test .venv/.demo .venv/.bench: .venv/.%: requirements/%.txt .venv/.torch
+.venv/.build .venv/.test .venv/.demo .venv/.bench: .venv/.%: requirements/%.txt .venv/.torch
 	$(SAY) 'Installing $<'
 	@$(PIP) install -c .venv/constraints.txt -r $< | $(NEWS)
 	@touch $@

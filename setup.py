@@ -83,9 +83,7 @@ class CMakeBuild(build_ext):
             except FileNotFoundError:
                 sys.exit("Building backpack_cuda needs CMake and ninja: pip install cmake ninja.")
             except subprocess.CalledProcessError:
-                sys.exit(
-                    f"Building backpack_cuda failed ({command[0]} {command[1]}): see the messages above."
-                )
+                sys.exit(f"Building backpack_cuda failed ({command[0]} {command[1]}): see the messages above.")
 
     def copy_extensions_to_source(self):
         """Replaces the files of an in-place build: a Python that runs may have the old ones mapped."""

@@ -55,6 +55,12 @@ class Settings:
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     out: str = "report.png"
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 2:
+            raise ValueError(f"A variance needs batches of at least 2 samples, not {self.batch_size}.")
+        if not 20 <= self.train_samples < 1797:
+            raise ValueError(f"train_samples must be from 20 to 1796, not {self.train_samples}.")
+
 
 @dataclass(frozen=True)
 class Digits:
@@ -338,11 +344,12 @@ def run(settings: Settings) -> Report:
     # mean over all epochs needs no choice of a window, and ranked as well as any window or median that was tried.
     suspicion = history.norms.mean(0)
     flipped = digits.flipped
+    top = sorted({10, 20, int(flipped.sum())} - {0})
     report = Report(
         test_accuracy=accuracy(model, digits.test_images, digits.test_labels),
         suspicion=suspicion,
         flipped=flipped,
-        precision={k: precision_at(suspicion, flipped, k) for k in sorted({10, 20, int(flipped.sum())})},
+        precision={k: precision_at(suspicion, flipped, k) for k in top},
         noise_scale=noise_scale_by_epoch(history),
         milliseconds=time_steps(digits, settings) if settings.timing_rounds else None,
     )
@@ -366,7 +373,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Settings:
         name = "--" + option.name.replace("_", "-")
         text = helps.get(option.name, option.name.replace("_", " "))
         parser.add_argument(name, type=type(option.default), default=option.default, help=text)
-    return Settings(**vars(parser.parse_args(arguments)))
+    try:
+        return Settings(**vars(parser.parse_args(arguments)))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,11 @@ def named(arguments: str, cases: dict[str, Any]):
     return pytest.mark.parametrize(arguments, list(cases.values()), ids=list(cases))
 
 
+def some(cases: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The named ones of `cases`."""
+    return {name: cases[name] for name in names}
+
+
 def subprocess_environment() -> dict[str, str]:
     """The environment of a Python program that imports the package and these helpers from the source tree."""
     here = Path(__file__).resolve().parent

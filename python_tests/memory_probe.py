@@ -12,40 +12,39 @@ import torch
 from op_cases import LAYOUTS, Case, conv, linear, want_bits
 
 STATISTICS = ("grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared")
-LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {
-    "linear": (linear((6000, 1500), 1000), STATISTICS),
-    "linear_norms": (linear((30000, 500), 300), ("batch_l2",)),
-    "linear_tokens": (linear((8, 4000, 500), 600), STATISTICS),
+LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {  # operands of 20 to 60 MB in float32
+    "linear": (linear((12000, 700), 300), STATISTICS),
+    "linear_norms": (linear((12000, 700), 300), ("batch_l2",)),
+    "linear_tokens": (linear((4, 4000, 500), 300), STATISTICS),
     "linear_tokens_norms": (linear((2000, 6, 500), 600), ("batch_l2",)),
-    "linear_few_tokens": (linear((2000, 6, 500), 600), ("grad", "batch_l2")),
+    "linear_few_tokens": (linear((2000, 6, 400), 200), ("grad", "batch_l2")),
     "linear_tokens_time_major": (
-        linear((8, 4000, 500), 600, input_layout="batch_inside", grad_output_layout="batch_inside"),
+        linear((4, 4000, 500), 300, input_layout="batch_inside", grad_output_layout="batch_inside"),
         STATISTICS,
     ),
-    "linear_one_long_sequence": (linear((1, 60000, 200), 150), STATISTICS),
-    "linear_many_features": (linear((4, 8, 5000), 3000), STATISTICS),
-    "linear_one_output": (linear((100, 300, 800), 1), STATISTICS),
-    "conv": (conv((24, 48, 80, 80), 48, 3, padding=1), STATISTICS),
-    "conv_norms": (conv((24, 48, 80, 80), 48, 3, padding=1), ("batch_l2",)),
+    "linear_one_long_sequence": (linear((1, 50000, 120), 100), STATISTICS),
+    "linear_many_features": (linear((2, 4, 5000), 3000), STATISTICS),
+    "linear_one_output": (linear((50, 300, 800), 1), STATISTICS),
+    "conv": (conv((16, 32, 80, 80), 24, 3, padding=1), STATISTICS),
+    "conv_norms": (conv((16, 32, 80, 80), 24, 3, padding=1), ("batch_l2",)),
     "conv_channels_last": (
-        conv((24, 48, 80, 80), 48, 3, input_layout="channels_last", grad_output_layout="channels_last"),
+        conv((16, 32, 80, 80), 24, 3, input_layout="channels_last", grad_output_layout="channels_last"),
         STATISTICS,
     ),
-    "conv_1x1": (conv((40, 128, 60, 60), 64, 1), STATISTICS),
-    "conv_many_channels": (conv((2, 1500, 12, 12), 600, 3, padding=1), STATISTICS),
-    "conv_large_image": (conv((1, 6, 1500, 1800), 5, 3, padding=1), STATISTICS),
-    "conv_wide_image": (conv((1, 40, 5, 40000), 7, 3, padding=1), STATISTICS),
-    "conv_large_strided_image": (conv((1, 16, 1500, 1500), 40, 5, stride=3), STATISTICS),
-    "conv_dilated_image": (conv((1, 8, 1200, 1200), 8, 3, padding=30, dilation=30), STATISTICS),
-    "conv_depthwise": (conv((4, 48, 400, 400), 48, 3, padding=1, groups=48), STATISTICS),
-    "conv_large_depthwise_image": (conv((1, 4, 2000, 2000), 8, 5, padding=2, groups=4), STATISTICS),
-    "conv_grouped": (conv((8, 96, 100, 100), 96, 3, padding=1, groups=8), STATISTICS),
-    "conv1d_long": (conv((1, 12, 600000), 10, 9, padding=4), STATISTICS),
-    "conv3d_volume": (conv((1, 6, 100, 120, 130), 5, 3, padding=1), STATISTICS),
-    "conv_transpose": (conv((4, 24, 160, 160), 16, 3, stride=2, output_padding=1), STATISTICS),
-    "conv_transpose_large_image": (conv((1, 5, 800, 900), 6, 4, stride=2, padding=1, output_padding=0), STATISTICS),
+    "conv_1x1": (conv((24, 96, 60, 60), 32, 1), STATISTICS),
+    "conv_many_channels": (conv((2, 1500, 6, 6), 600, 3, padding=1), STATISTICS),
+    "conv_large_image": (conv((1, 4, 1500, 1200), 3, 3, padding=1), STATISTICS),
+    "conv_wide_image": (conv((1, 40, 5, 30000), 7, 3, padding=1), STATISTICS),
+    "conv_large_strided_image": (conv((1, 8, 1500, 1200), 20, 5, stride=3), STATISTICS),
+    "conv_dilated_image": (conv((1, 4, 1200, 1200), 4, 3, padding=30, dilation=30), STATISTICS),
+    "conv_depthwise": (conv((4, 32, 300, 300), 32, 3, padding=1, groups=32), STATISTICS),
+    "conv_large_depthwise_image": (conv((1, 4, 1500, 1300), 8, 5, padding=2, groups=4), STATISTICS),
+    "conv_grouped": (conv((8, 64, 100, 100), 64, 3, padding=1, groups=8), STATISTICS),
+    "conv1d_long": (conv((1, 12, 500000), 10, 9, padding=4), STATISTICS),
+    "conv3d_volume": (conv((1, 4, 100, 120, 130), 3, 3, padding=1), STATISTICS),
+    "conv_transpose": (conv((4, 16, 150, 150), 8, 3, stride=2, output_padding=1), STATISTICS),
+    "conv_transpose_large_image": (conv((1, 4, 800, 900), 4, 4, stride=2, padding=1, output_padding=0), STATISTICS),
 }
-
 WARM_UP = {case.family: case for case in (linear((4, 9, 20), 30), conv((4, 3, 9, 9), 8, 3))}
 WARM_UP["conv_transpose"] = conv((4, 3, 9, 9), 8, 3, output_padding=0)
 

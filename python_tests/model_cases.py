@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from helpers import assert_close
+from oracle import Stats, model_statistics
 from torch import Tensor, nn
 
 import backpack_cuda as bp
 from backpack_cuda.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
-from helpers import assert_close
-from oracle import Stats, model_statistics
 
 # attribute of a parameter -> the statistic that it must equal
 SAVED = {
@@ -301,7 +301,12 @@ MODELS: dict[str, ModelCase] = {
         inner("Conv1d", 4, 4, 3, padding="valid", padding_mode="replicate"), (3, 2, 6)
     ),
     "conv3d": ModelCase(
-        seq(layer("Conv3d", 2, 4, 2, stride=(1, 2, 1), groups=2), layer("Tanh"), layer("Flatten"), layer("LazyLinear", 3)),
+        seq(
+            layer("Conv3d", 2, 4, 2, stride=(1, 2, 1), groups=2),
+            layer("Tanh"),
+            layer("Flatten"),
+            layer("LazyLinear", 3),
+        ),
         (3, 2, 3, 4, 3),
     ),
     "decoder": ModelCase(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_close, named
+from helpers import assert_close, named, some
 from op_cases import CASES, conv, linear
 from oracle import FIELDS
 
@@ -36,7 +36,7 @@ def test_gradcheck(case, field, device):
     assert torch.autograd.gradcheck(quantity, double_operands(case, device))
 
 
-@named("case", {name: SMALL[name] for name in ("linear", "conv2d_grouped", "conv_transpose1d")})
+@named("case", some(SMALL, "linear", "conv2d_grouped", "conv_transpose1d"))
 def test_second_derivatives(case, device):
     def quantity(input, grad_output):
         return case.public(input, grad_output, ("sum_grad_squared",)).sum_grad_squared
@@ -93,7 +93,7 @@ def test_inference_tensors(device):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch has no batching rule for unfold_backward
-@named("case", {name: SMALL[name] for name in ("linear_tokens", "conv2d_grouped", "conv_transpose1d")})
+@named("case", some(SMALL, "linear_tokens", "conv2d_grouped", "conv_transpose1d"))
 def test_vmap_and_jacobians_through_the_calls(case, device):
     """torch.func sees plain differentiable operations."""
     input, grad_output = (t.detach() for t in double_operands(case, device))
@@ -106,3 +106,17 @@ def test_vmap_and_jacobians_through_the_calls(case, device):
     assert torch.allclose(jacobian, numerical)
     batch = torch.stack([grad_output, 2 * grad_output])
     assert torch.allclose(torch.vmap(norms)(batch), torch.stack([norms(g) for g in batch]))
+
+
+@named("case", some(CASES, "linear_tokens", "conv2d_grouped", "conv_transpose2d"))
+def test_autocast_does_not_lower_the_precision(case, device):
+    """The calls compute in the types of their operands, whatever autocast says, with and without a graph."""
+    operands = case.operands(device)
+    expected, _ = case.oracle(*operands)
+    for requires_grad in (False, True):
+        operands[0].requires_grad_(requires_grad)
+        with torch.autocast(device.type, torch.bfloat16):
+            stats = case.public(*operands, FIELDS[:4])
+        for name, value, reference in zip(FIELDS[:4], stats, expected[:4], strict=True):
+            assert value.dtype == torch.float32
+            assert_close(name, value, reference, 1e-5)

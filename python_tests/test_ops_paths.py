@@ -201,7 +201,8 @@ def test_non_finite_values_propagate(case, method, spoiled, value):
 def peak_memory(request) -> dict[str, int]:
     """Bytes beyond operands and results of every large call."""
     probe = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), request.param]
-    finished = subprocess.run(probe, capture_output=True, text=True, env=subprocess_environment())
+    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is gone at once
+    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout)
 

@@ -18,18 +18,22 @@ inline std::string shape_text(const Tensor& tensor) {
 }
 
 inline void check_want(int64_t want, const char* name) {
-  STD_TORCH_CHECK(want >= 0 && want <= kEveryWant, name, " must be a set of the bits 1, 2, 4, 8, 16, got ", want);
+  STD_TORCH_CHECK(want >= 0 && want <= kEveryWant, name, " must be a set of the bits 1, 2, 4, 8, 16, got ",
+                  want);
 }
 
 // Both operands of a per-sample gradient: same device, dtype and batch size.
 inline void check_operands(const Tensor& input, const Tensor& grad_output) {
-  STD_TORCH_CHECK(input.is_cpu() == grad_output.is_cpu() && input.get_device_index() == grad_output.get_device_index(),
-                  "input and grad_output must be on the same device");
-  STD_TORCH_CHECK(input.scalar_type() == grad_output.scalar_type(), "input and grad_output must have the same dtype");
+  STD_TORCH_CHECK(
+      input.is_cpu() == grad_output.is_cpu() && input.get_device_index() == grad_output.get_device_index(),
+      "input and grad_output must be on the same device");
+  STD_TORCH_CHECK(input.scalar_type() == grad_output.scalar_type(),
+                  "input and grad_output must have the same dtype");
   check_floating(input, "input");
-  STD_TORCH_CHECK(input.dim() >= 2 && input.dim() == grad_output.dim() && input.size(0) == grad_output.size(0),
-                  "input and grad_output must have the same number of dims (at least 2) and the same batch size, got ",
-                  shape_text(input), " and ", shape_text(grad_output));
+  STD_TORCH_CHECK(
+      input.dim() >= 2 && input.dim() == grad_output.dim() && input.size(0) == grad_output.size(0),
+      "input and grad_output must have the same number of dims (at least 2) and the same batch size, got ",
+      shape_text(input), " and ", shape_text(grad_output));
 }
 
 }  // namespace backpack_cuda

@@ -16,7 +16,8 @@ inline ScalarType statistics_dtype(const Tensor& tensor) {
 
 inline void check_floating(const Tensor& tensor, const char* name) {
   const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double ||
+                      dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   name, " must be float32, float64, bfloat16 or float16, got dtype number ", int(dtype));
 }
 

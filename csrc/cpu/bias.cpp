@@ -10,7 +10,8 @@ constexpr int64_t kChannelsPerItem = 64;
 }  // namespace
 
 template <class Acc>
-BiasStats<Acc>::BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_t want, const StatsTensors& bias, Workspace& workspace)
+BiasStats<Acc>::BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_t want,
+                          const StatsTensors& bias, Workspace& workspace)
     : kernels_(kernels<Acc>()),
       want_(want),
       channels_(grad_output.size(channel_dim)),
@@ -23,7 +24,8 @@ BiasStats<Acc>::BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_
       bias_(bias) {
   if (!want) return;
   const int64_t sample_bytes = std::max<int64_t>(channels_, 1) * int64_t(sizeof(Acc));
-  samples_per_block_ = std::clamp<int64_t>(kChunkBytes / sample_bytes, 1, std::max<int64_t>(grad_output.size(0), 1));
+  samples_per_block_ =
+      std::clamp<int64_t>(kChunkBytes / sample_bytes, 1, std::max<int64_t>(grad_output.size(0), 1));
   sums_ = workspace.get<Acc>(samples_per_block_ * channels_);
   total_ = workspace.get<Acc>(channels_);
   square_ = workspace.get<Acc>(channels_);
@@ -33,23 +35,25 @@ template <class Acc>
 void BiasStats<Acc>::sum_positions(int64_t n, int64_t channel_begin, int64_t channel_end, Acc* sums) const {
   std::fill(sums + channel_begin, sums + channel_end, Acc(0));
   const int64_t base = n * sample_stride_;
-  before_.for_runs(0, before_.count(), [&](int64_t, int64_t outer_rows, int64_t outer_offset, int64_t outer_stride) {
-    if (channel_stride_ == 1 && after_.count() == 1) {
-      kernels_.column_sums[storage_](data_, base + outer_offset + channel_begin, outer_stride, outer_rows, channel_end - channel_begin,
-                                     sums + channel_begin);
-      return;
-    }
-    for (int64_t outer = 0; outer < outer_rows; ++outer)
-      after_.for_runs(0, after_.count(), [&](int64_t, int64_t rows, int64_t offset, int64_t stride) {
-        const int64_t first = base + outer_offset + outer * outer_stride + offset;
-        if (channel_stride_ == 1) {
-          kernels_.column_sums[storage_](data_, first + channel_begin, stride, rows, channel_end - channel_begin, sums + channel_begin);
-        } else {
-          for (int64_t c = channel_begin; c < channel_end; ++c)
-            sums[c] += kernels_.sum[storage_](data_, first + c * channel_stride_, stride, rows);
+  before_.for_runs(
+      0, before_.count(), [&](int64_t, int64_t outer_rows, int64_t outer_offset, int64_t outer_stride) {
+        if (channel_stride_ == 1 && after_.count() == 1) {
+          kernels_.column_sums[storage_](data_, base + outer_offset + channel_begin, outer_stride, outer_rows,
+                                         channel_end - channel_begin, sums + channel_begin);
+          return;
         }
+        for (int64_t outer = 0; outer < outer_rows; ++outer)
+          after_.for_runs(0, after_.count(), [&](int64_t, int64_t rows, int64_t offset, int64_t stride) {
+            const int64_t first = base + outer_offset + outer * outer_stride + offset;
+            if (channel_stride_ == 1) {
+              kernels_.column_sums[storage_](data_, first + channel_begin, stride, rows,
+                                             channel_end - channel_begin, sums + channel_begin);
+            } else {
+              for (int64_t c = channel_begin; c < channel_end; ++c)
+                sums[c] += kernels_.sum[storage_](data_, first + c * channel_stride_, stride, rows);
+            }
+          });
       });
-  });
 }
 
 template <class Acc>
@@ -77,7 +81,8 @@ void BiasStats<Acc>::add(int64_t begin, int64_t end) {
     }
     if (want_ & kBatchL2) {
       Acc* l2 = static_cast<Acc*>(bias_.batch_l2.mutable_data_ptr());
-      for (int64_t n = 0; n < samples; ++n) l2[begin + n] = Acc(kernels_.sum_squares(sums_ + n * channels_, channels_));
+      for (int64_t n = 0; n < samples; ++n)
+        l2[begin + n] = Acc(kernels_.sum_squares(sums_ + n * channels_, channels_));
     }
     if (!(want_ & (kGrad | kSumGradSquared | kSumGradCenteredSquared))) continue;
     torch::stable::parallel_for(0, items, 4, [&](int64_t item_begin, int64_t item_end) {
@@ -118,11 +123,14 @@ void BiasStats<Acc>::finish() {
       std::copy(total_, total_ + channels_, static_cast<Acc*>(bias_.grad.mutable_data_ptr()));
   }
   const bool centered = want_ & kSumGradCenteredSquared;
-  if (centered) std::copy(square_, square_ + channels_, static_cast<Acc*>(bias_.sum_grad_centered_squared.mutable_data_ptr()));
+  if (centered)
+    std::copy(square_, square_ + channels_,
+              static_cast<Acc*>(bias_.sum_grad_centered_squared.mutable_data_ptr()));
   if (want_ & kSumGradSquared) {
     Acc* out = static_cast<Acc*>(bias_.sum_grad_squared.mutable_data_ptr());
     const Acc inverse = Acc(1 / double(count_));
-    for (int64_t c = 0; c < channels_; ++c) out[c] = square_[c] + (centered ? total_[c] * inverse * total_[c] : Acc(0));
+    for (int64_t c = 0; c < channels_; ++c)
+      out[c] = centered ? uncentered(square_[c], total_[c], inverse) : square_[c];
   }
 }
 

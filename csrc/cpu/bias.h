@@ -5,12 +5,14 @@
 
 namespace backpack_cuda::cpu {
 
-// Takes the samples of grad_output [N, *, C, *] range by range, so that each is still in the caches of the weight's pass.
+// Takes the samples of grad_output [N, *, C, *] range by range, so that each is still in the caches of the
+// weight's pass.
 template <class Acc>
 class BiasStats {
  public:
   // Computes nothing when nothing is wanted.
-  BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_t want, const StatsTensors& bias, Workspace& workspace);
+  BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_t want, const StatsTensors& bias,
+            Workspace& workspace);
   void add(int64_t begin, int64_t end);
   void finish();
 

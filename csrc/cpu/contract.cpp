@@ -29,7 +29,8 @@ void ContractPlan<Acc>::choose_tile(const Kernels<Acc>& kernels, int64_t column_
 
 template <class Acc>
 double ContractPlan<Acc>::cost() const {
-  // Two FMAs or two loads per cycle, four cycles from an FMA to the next on the same register, and the loop itself.
+  // Two FMAs or two loads per cycle, four cycles from an FMA to the next on the same register, and the loop
+  // itself.
   const double fmas = tile.mr * tile.nv, loads = tile.mr + tile.nv;
   return double(groups * panels * blocks) * (std::max({fmas, loads, 8.0}) + tile.nv + 1);
 }
@@ -37,7 +38,8 @@ double ContractPlan<Acc>::cost() const {
 template <class Acc>
 int64_t ContractPlan<Acc>::strips_per_pass() const {
   constexpr int64_t kArrays = 3;  // sums, sums of squares, unfinished tiles
-  return std::clamp<int64_t>(kAccumulatorBytes / (strip_size() * kArrays * int64_t(sizeof(Acc))), 1, strips());
+  return std::clamp<int64_t>(kAccumulatorBytes / (strip_size() * kArrays * int64_t(sizeof(Acc))), 1,
+                             strips());
 }
 
 namespace {
@@ -46,38 +48,47 @@ namespace {
 template <class Acc>
 class Contraction {
  public:
-  Contraction(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want, const StatsTensors& weight, Workspace& workspace)
-      : plan_(plan), operands_(operands), want_(want), weight_(weight), workspace_(workspace), kernels_(kernels<Acc>()) {
+  Contraction(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want,
+              const StatsTensors& weight)
+      : plan_(plan), operands_(operands), want_(want), weight_(weight), kernels_(kernels<Acc>()) {
     centered_ = !plan.rows_are_samples && (want & kSumGradCenteredSquared);
     partial_ = plan.slabs > 1 && !plan.rows_are_samples && (want & ~kGrad);
     strips_per_pass_ = plan.strips_per_pass();
     const int64_t items = plan.strips() * (want & kBatchGrad ? 1 : plan.blocks);
-    splits_ = plan.slabs > 1 ? 1 : std::min({ceil_div(kItems, items), plan.samples, strips_per_pass_ < plan.strips() ? 1 : kItems});
-    store_ = {plan.tile.mr, plan.tile.nv * plan.lanes, plan.rows, plan.columns, plan.panels, plan.lanes_are_groups,
-              plan.source.empty() ? nullptr : plan.source.data(), nullptr};
+    splits_ = plan.slabs > 1 ? 1
+                             : std::min({ceil_div(kItems, items), plan.samples,
+                                         strips_per_pass_ < plan.strips() ? 1 : kItems});
+    store_ = {plan.tile.mr, plan.tile.nv * plan.lanes, plan.rows,
+              plan.columns, plan.column_begin,         plan.row_length,
+              plan.panels,  plan.lanes_are_groups,     plan.source.empty() ? nullptr : plan.source.data(),
+              nullptr};
 
     split_size_ = strips_per_pass_ * plan.strip_size();
-    const bool sum = want & (kGrad | kSumGradCenteredSquared), square = want & (kSumGradSquared | kSumGradCenteredSquared);
-    if (sum) sum_ = workspace.get<Acc>(splits_ * split_size_);
-    if (square) square_ = workspace.get<Acc>(splits_ * split_size_);
-    if (partial_) partial_tiles_ = workspace.get<Acc>(split_size_);
+    const bool sum = want & (kGrad | kSumGradCenteredSquared),
+               square = want & (kSumGradSquared | kSumGradCenteredSquared);
+    if (sum) sum_ = workspace_.get<Acc>(splits_ * split_size_);
+    if (square) square_ = workspace_.get<Acc>(splits_ * split_size_);
+    if (partial_) partial_tiles_ = workspace_.get<Acc>(split_size_);
 
     const int64_t a_bytes = plan.groups_per_pass() * plan.a_group * int64_t(sizeof(Acc));
     const int64_t b_bytes = strips_per_pass_ * b_strip() * int64_t(sizeof(Acc));
     const int64_t target = options().chunk_bytes ? options().chunk_bytes : kChunkBytes;
-    chunk_ = plan.slabs > 1 ? 1 : std::clamp<int64_t>(target / std::max<int64_t>(a_bytes + b_bytes, 1), 1, plan.samples);
+    chunk_ = plan.slabs > 1
+                 ? 1
+                 : std::clamp<int64_t>(target / std::max<int64_t>(a_bytes + b_bytes, 1), 1, plan.samples);
     constexpr int64_t kSlack = 64;  // the last column vector may reach past the last row
-    a_ = workspace.get<Acc>(chunk_ * a_bytes / int64_t(sizeof(Acc)) + kSlack);
-    b_ = workspace.get<Acc>(chunk_ * b_bytes / int64_t(sizeof(Acc)));
-    if (want & kBatchL2) norm_ = workspace.get<double>(chunk_ * strips_per_pass_ * plan.blocks);
+    a_ = workspace_.get<Acc>(chunk_ * a_bytes / int64_t(sizeof(Acc)) + kSlack);
+    b_ = workspace_.get<Acc>(chunk_ * b_bytes / int64_t(sizeof(Acc)));
+    if (want & kBatchL2) norm_ = workspace_.get<double>(chunk_ * strips_per_pass_ * plan.blocks);
     if (want & kBatchGrad) {
       strip_scratch_ = plan.strip_size() + plan.columns;
-      scratch_ = workspace.get<Acc>(kItems * strip_scratch_);
+      scratch_ = workspace_.get<Acc>(kItems * strip_scratch_);
     }
   }
 
   void run(const std::function<void(int64_t, int64_t)>& chunk_packed) {
-    const int64_t passes = ceil_div(plan_.strips(), strips_per_pass_), strips = ceil_div(plan_.strips(), passes);
+    const int64_t passes = ceil_div(plan_.strips(), strips_per_pass_),
+                  strips = ceil_div(plan_.strips(), passes);
     for (int64_t begin = 0; begin < plan_.strips(); begin += strips) {
       strip_begin_ = begin, strip_end_ = std::min(begin + strips, plan_.strips());
       group_begin_ = strip_begin_ / plan_.panels, group_end_ = ceil_div(strip_end_, plan_.panels);
@@ -86,10 +97,11 @@ class Contraction {
         const int64_t samples = std::min(chunk_, plan_.samples - n);
         for (int64_t slab = 0; slab < plan_.slabs; ++slab) {
           product(n, samples, slab, false);
-          if (slab == 0 && begin == 0) chunk_packed(n, n + samples);
+          if (slab == 0 && begin == 0 && plan_.column_begin == 0) chunk_packed(n, n + samples);
           if (plan_.rows_are_samples && square_) product(n, samples, slab, true);
           if (!partial_ || slab + 1 == plan_.slabs)
-            for (int64_t split = 0; split < splits_; ++split) count_[split] += split_begin(samples, split + 1) - split_begin(samples, split);
+            for (int64_t split = 0; split < splits_; ++split)
+              count_[split] += split_begin(samples, split + 1) - split_begin(samples, split);
         }
         if (norm_) reduce_norms(n, samples);
       }
@@ -110,10 +122,12 @@ class Contraction {
     ContractJob<Acc> job{};
     job.a = a_, job.b = b_;
     job.a_sample = groups * plan_.a_group, job.a_group = plan_.a_group;
-    job.row_offset = plan_.row_offset.data(), job.column_offset = plan_.column_offset.data(), job.column_lanes = plan_.column_lanes.data();
+    job.row_offset = plan_.row_offset.data(), job.column_offset = plan_.column_offset.data(),
+    job.column_lanes = plan_.column_lanes.data();
     job.T = operands_.rows_in_slab(slab);
     job.b_sample = strips * job.T * plan_.tile.mr * plan_.b_lanes();
-    job.rows = plan_.rows, job.panels = plan_.panels, job.blocks = plan_.blocks, job.lanes_are_groups = plan_.lanes_are_groups;
+    job.rows = plan_.rows, job.panels = plan_.panels, job.blocks = plan_.blocks,
+    job.lanes_are_groups = plan_.lanes_are_groups;
     job.unit_begin = strip_begin_ * plan_.blocks, job.units = strips * plan_.blocks;
     if (plan_.rows_are_samples) {
       job.sum = square ? square_ : sum_;
@@ -122,11 +136,13 @@ class Contraction {
     }
     job.split_size = split_size_;
     job.centered = centered_;
-    if (partial_) job.partial = partial_tiles_, job.load_partial = slab > 0, job.store_partial = slab + 1 < plan_.slabs;
+    if (partial_)
+      job.partial = partial_tiles_, job.load_partial = slab > 0, job.store_partial = slab + 1 < plan_.slabs;
     job.norm = norm_;
     job.store = store_;
     if (want_ & kBatchGrad) {
-      const int64_t sample_bytes = plan_.all_rows * plan_.columns * int64_t(weight_.batch_grad.element_size());
+      const int64_t sample_bytes =
+          plan_.all_rows * plan_.row_length * int64_t(weight_.batch_grad.element_size());
       job.batch_grad = static_cast<char*>(weight_.batch_grad.mutable_data_ptr()) + n * sample_bytes;
       job.batch_rows = plan_.all_rows;
       job.store.convert = converter<Acc>(storage_of(weight_.batch_grad));
@@ -164,7 +180,7 @@ class Contraction {
     Acc* l2 = static_cast<Acc*>(weight_.batch_l2.mutable_data_ptr()) + n;
     const int64_t units = (strip_end_ - strip_begin_) * plan_.blocks;
     for (int64_t i = 0; i < samples; ++i) {
-      double total = strip_begin_ > 0 ? l2[i] : 0.0;
+      double total = strip_begin_ > 0 || plan_.column_begin > 0 ? l2[i] : 0.0;
       for (int64_t unit = 0; unit < units; ++unit) total += norm_[i * units + unit];
       l2[i] = Acc(total);
     }
@@ -205,11 +221,11 @@ class Contraction {
     if (centered_) {
       write(weight_.sum_grad_centered_squared, square, strip, scratch);
       if (!(want_ & kSumGradSquared)) return;
-      for (int64_t i = 0; i < size; ++i) square[i] += sum[i] * inverse * sum[i];
+      for (int64_t i = 0; i < size; ++i) square[i] = uncentered(square[i], sum[i], inverse);
     }
     if (want_ & kSumGradSquared) write(weight_.sum_grad_squared, square, strip, scratch);
     if (centered_ || !(want_ & kSumGradCenteredSquared)) return;
-    for (int64_t i = 0; i < size; ++i) square[i] = centered_difference(square[i], sum[i] * inverse * sum[i]);
+    kernels_.center(sum, inverse, size, square);
     write(weight_.sum_grad_centered_squared, square, strip, scratch);
   }
 
@@ -219,7 +235,8 @@ class Contraction {
       std::vector<Acc> scratch(plan_.columns);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t offset = (strip - strip_begin_) * plan_.strip_size();
-        finish_strip(sum_ ? sum_ + offset : nullptr, square_ ? square_ + offset : nullptr, strip, scratch.data());
+        finish_strip(sum_ ? sum_ + offset : nullptr, square_ ? square_ + offset : nullptr, strip,
+                     scratch.data());
       }
     });
   }
@@ -228,13 +245,13 @@ class Contraction {
   const Operands<Acc>& operands_;
   const int64_t want_;
   const StatsTensors& weight_;
-  Workspace& workspace_;
+  Workspace workspace_;
   const Kernels<Acc>& kernels_;
   bool centered_, partial_;
   int64_t strips_per_pass_, splits_, split_size_, chunk_, strip_scratch_ = 0;
   StripStore<Acc> store_;
-  Acc *sum_ = nullptr, *square_ = nullptr;   // [splits, strips of a pass, blocks, mr, nv, lanes]
-  Acc* partial_tiles_ = nullptr;             // [strips of a pass, blocks, mr, nv, lanes]
+  Acc *sum_ = nullptr, *square_ = nullptr;  // [splits, strips of a pass, blocks, mr, nv, lanes]
+  Acc* partial_tiles_ = nullptr;            // [strips of a pass, blocks, mr, nv, lanes]
   Acc *a_, *b_, *scratch_ = nullptr;
   double* norm_ = nullptr;  // [samples of a chunk, units of a pass]
   int64_t strip_begin_ = 0, strip_end_ = 0, group_begin_ = 0, group_end_ = 0;  // of this pass
@@ -244,14 +261,14 @@ class Contraction {
 }  // namespace
 
 template <class Acc>
-void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want, const StatsTensors& weight, Workspace& workspace,
-              const std::function<void(int64_t, int64_t)>& chunk_packed) {
-  Contraction<Acc>(plan, operands, want, weight, workspace).run(chunk_packed);
+void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want,
+              const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed) {
+  Contraction<Acc>(plan, operands, want, weight).run(chunk_packed);
 }
 
-#define INSTANTIATE(Acc)                                                                                              \
-  template struct ContractPlan<Acc>;                                                                                  \
-  template void contract<Acc>(const ContractPlan<Acc>&, const Operands<Acc>&, int64_t, const StatsTensors&, Workspace&, \
+#define INSTANTIATE(Acc)                                                                                    \
+  template struct ContractPlan<Acc>;                                                                        \
+  template void contract<Acc>(const ContractPlan<Acc>&, const Operands<Acc>&, int64_t, const StatsTensors&, \
                               const std::function<void(int64_t, int64_t)>&);
 INSTANTIATE(float)
 INSTANTIATE(double)

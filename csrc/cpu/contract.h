@@ -11,9 +11,11 @@
 namespace backpack_cuda::cpu {
 
 // Sizes of what is held at a time; together with tables and norms they stay below 16 MiB.
-constexpr int64_t kChunkBytes = 1 << 20;        // packed operands of a chunk of samples: stays in the L2 cache
-constexpr int64_t kSlabBytes = 4 << 20;         // packed operands of one sample; larger samples come in slabs of rows t
-constexpr int64_t kAccumulatorBytes = 8 << 20;  // accumulators; more units are done in further passes over the operands
+constexpr int64_t kChunkBytes = 1 << 20;  // packed operands of a chunk of samples: stays in the L2 cache
+constexpr int64_t kSlabBytes =
+    4 << 20;  // packed operands of one sample; larger samples come in slabs of rows t
+constexpr int64_t kAccumulatorBytes =
+    8 << 20;  // accumulators; more units are done in further passes over the operands
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -27,6 +29,9 @@ struct ContractPlan {
   int64_t groups;                // outer index of units: the layer's groups, or blocks of `lanes` groups
   int64_t all_rows;              // rows of the weight, all groups
   int64_t rows, columns;         // rows o and columns k per group of the layer
+  int64_t column_begin =
+      0;  // of the weight's row_length columns: wide rows are done in ranges of columns, from the left
+  int64_t row_length;
   int64_t panels, blocks;
   int64_t samples;
   int64_t slabs = 1, slab_rows;  // a sample's rows t come in this many slabs of at most slab_rows
@@ -35,8 +40,9 @@ struct ContractPlan {
   std::vector<int64_t> column_offset;
   std::vector<int32_t> column_lanes;
   std::vector<int32_t> source;  // empty: columns in order
-  // T = 1: the samples of the layer, of which every "sample" here holds slab_rows. Sums of squares are then sums of products of
-  // squared operands, and sum_grad_centered_squared is the difference of two sums; kCancelled marks where it lost its digits.
+  // T = 1: the samples of the layer, of which every "sample" here holds slab_rows. Sums of squares are then
+  // sums of products of squared operands, and sum_grad_centered_squared is the difference of two sums;
+  // kCancelled marks where it lost its digits.
   int64_t rows_are_samples = 0;
 
   int64_t b_lanes() const { return lanes_are_groups ? lanes : 1; }
@@ -52,12 +58,12 @@ struct ContractPlan {
   int64_t groups_per_pass() const { return std::min(groups, ceil_div(strips_per_pass(), panels) + 1); }
 };
 
-// A sum of squares minus the squared sum over N: `square` - `mean_square`, or kCancelled where little of `square` is left.
-constexpr int kCancelled = -1;
+// The sum of squares that belongs to a centered one. Infinite samples leave a centered sum of NaN, but not a
+// sum of squares.
 template <class T>
-T centered_difference(T square, T mean_square) {
-  const T difference = square - mean_square;
-  return difference < square / 64 ? T(kCancelled) : difference;
+T uncentered(T centered, T sum, T inverse_count) {
+  const T square = centered + sum * inverse_count * sum;
+  return square != square && sum == sum ? sum * sum : square;
 }
 
 // Packs the operands of a plan.
@@ -66,7 +72,8 @@ class Operands {
  public:
   virtual ~Operands() = default;
   virtual int64_t rows_in_slab(int64_t slab) const = 0;
-  // Part `part` of `parts` of sample n, slab `slab`: groups [group_begin, group_end) of a, strips [strip_begin, strip_end) of b.
+  // Part `part` of `parts` of sample n, slab `slab`: groups [group_begin, group_end) of a, strips
+  // [strip_begin, strip_end) of b.
   struct Piece {
     int64_t n, slab, part, parts;
     bool square;
@@ -75,10 +82,10 @@ class Operands {
   virtual void pack_b(const Piece& piece, int64_t strip_begin, int64_t strip_end, Acc* dst) const = 0;
 };
 
-// Computes what is wanted of the weight. `chunk_packed(begin, end)` is called once for every range of samples, while they are
-// still in the caches.
+// Computes what is wanted of the weight. `chunk_packed(begin, end)` is called once for every range of
+// samples, while they are still in the caches.
 template <class Acc>
-void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want, const StatsTensors& weight, Workspace& workspace,
-              const std::function<void(int64_t, int64_t)>& chunk_packed);
+void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want,
+              const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed);
 
 }  // namespace backpack_cuda::cpu

@@ -1,6 +1,8 @@
 // AVX-512 with 32 registers of 64 bytes.
 #define VECTOR_BYTES 64
-#define DENSE_TILES TILE(14, 2), TILE(12, 2), TILE(10, 2), TILE(8, 2), TILE(9, 3), TILE(8, 3), TILE(7, 4), TILE(5, 5), TILE(16, 1)
+#define DENSE_TILES                                                                                  \
+  TILE(14, 2), TILE(12, 2), TILE(10, 2), TILE(8, 2), TILE(9, 3), TILE(8, 3), TILE(7, 4), TILE(5, 5), \
+      TILE(16, 1)
 #define GROUPED_TILES GROUPED_TILE(1, 9), GROUPED_TILE(2, 8), GROUPED_TILE(4, 5)
 #include "cpu/kernels_impl.h"
 

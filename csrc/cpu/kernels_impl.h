@@ -1,6 +1,7 @@
-// The CPU micro-kernels, written once on GCC vector types. Each kernels_<isa>.cpp includes this file with its own compiler
-// flags after defining VECTOR_BYTES and the tile lists. Everything is in an anonymous namespace and no std:: template is used:
-// an inline function that the linker merged across these files would run with the wrong instruction set.
+// The CPU micro-kernels, written once on GCC vector types. Each kernels_<isa>.cpp includes this file with its
+// own compiler flags after defining VECTOR_BYTES and the tile lists. Everything is in an anonymous namespace
+// and no std:: template is used: an inline function that the linker merged across these files would run with
+// the wrong instruction set.
 #include <cstdint>
 #include <cstring>
 
@@ -11,7 +12,8 @@ namespace {
 
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 
-// A tile's sums over t are added to a second accumulator after this many rows, which keeps the rounding error of long sums small.
+// A tile's sums over t are added to a second accumulator after this many rows, which keeps the rounding error
+// of long sums small.
 constexpr int64_t kRowsPerBlock = 1024;
 
 template <class Acc>
@@ -63,18 +65,19 @@ ALWAYS_INLINE double add_lanes(Vector<Acc> v) {
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
-#define FOR_TILE(m, v)                          \
-  _Pragma("GCC unroll 32") for (int m = 0; m < MR; ++m) \
-      _Pragma("GCC unroll 32") for (int v = 0; v < NV; ++v)
+#define FOR_TILE(m, v) \
+  _Pragma("GCC unroll 32") for (int m = 0; m < MR; ++m) _Pragma("GCC unroll 32") for (int v = 0; v < NV; ++v)
 
 // One tile of one sample: the sum over t in registers, then everything wanted of it.
 template <class Acc, int MR, int NV, bool kLanesAreGroups>
-ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRange<Acc>& range, int64_t unit, int64_t n, Acc* strip_tile) {
+ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRange<Acc>& range, int64_t unit,
+                                 int64_t n, Acc* strip_tile) {
   constexpr int L = kLanes<Acc>;
   constexpr int64_t kTile = MR * NV * L;
   constexpr int64_t kRow = MR * (kLanesAreGroups ? L : 1);  // elements of b per t
   using V = Vector<Acc>;
-  const int64_t strip = unit / job.blocks, block = unit % job.blocks, group = strip / job.panels, panel = strip % job.panels;
+  const int64_t strip = unit / job.blocks, block = unit % job.blocks, group = strip / job.panels,
+                panel = strip % job.panels;
   const int64_t first_strip = job.unit_begin / job.blocks, first_group = first_strip / job.panels;
   const Acc* a = job.a + n * job.a_sample + (group - first_group) * job.a_group;
   const Acc* b = job.b + n * job.b_sample + (strip - first_strip) * job.T * kRow;
@@ -156,7 +159,8 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
       FOR_TILE(m, v) store_vector(sum + (m * NV + v) * L, acc[m][v]);
     }
     if (job.centered) {  // zero, or NaN where the tile is not finite
-      FOR_TILE(m, v) store_vector(square + (m * NV + v) * L, V((acc[m][v] - acc[m][v]) * (acc[m][v] - acc[m][v])));
+      FOR_TILE(m, v)
+      store_vector(square + (m * NV + v) * L, V((acc[m][v] - acc[m][v]) * (acc[m][v] - acc[m][v])));
     } else if (square) {
       FOR_TILE(m, v) store_vector(square + (m * NV + v) * L, V(acc[m][v] * acc[m][v]));
     }
@@ -166,30 +170,36 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
       const V total = load(sum + (m * NV + v) * L) + acc[m][v];
       const V difference = acc[m][v] - total * inverse;
       store_vector(sum + (m * NV + v) * L, total);
-      store_vector(square + (m * NV + v) * L, V(load(square + (m * NV + v) * L) + difference * (difference * weight)));
+      store_vector(square + (m * NV + v) * L,
+                   V(load(square + (m * NV + v) * L) + difference * (difference * weight)));
     }
   } else {
     if (sum) {
       FOR_TILE(m, v) store_vector(sum + (m * NV + v) * L, V(load(sum + (m * NV + v) * L) + acc[m][v]));
     }
     if (square) {
-      FOR_TILE(m, v) store_vector(square + (m * NV + v) * L, V(load(square + (m * NV + v) * L) + acc[m][v] * acc[m][v]));
+      FOR_TILE(m, v)
+      store_vector(square + (m * NV + v) * L, V(load(square + (m * NV + v) * L) + acc[m][v] * acc[m][v]));
     }
   }
 }
 
-// Rows of the weight are written one by one from front to back: scattered 4-byte stores cost several times more.
+// Rows of the weight are written one by one from front to back: scattered 4-byte stores cost several times
+// more.
 template <class Acc>
-void store_strip(const StripStore<Acc>& store, const Acc* strip, int64_t strip_index, Acc* scratch, void* out, int64_t first_row) {
+void store_strip(const StripStore<Acc>& store, const Acc* strip, int64_t strip_index, Acc* scratch, void* out,
+                 int64_t first_row) {
   constexpr int L = kLanes<Acc>;
-  const int64_t group = strip_index / store.panels, panel = strip_index % store.panels, columns = store.columns;
+  const int64_t group = strip_index / store.panels, panel = strip_index % store.panels,
+                columns = store.columns;
   const int64_t rows = min(store.mr, store.rows - panel * store.mr);
   const int64_t groups = store.lanes_are_groups ? min(L, store.lanes_are_groups - group * L) : 1;
   const int64_t group_begin = store.lanes_are_groups ? group * L : group;
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t m = 0; m < rows; ++m) {
       const Acc* from = strip + m * store.tile_width + g;
-      const int64_t offset = (first_row + (group_begin + g) * store.rows + panel * store.mr + m) * columns;
+      const int64_t row = first_row + (group_begin + g) * store.rows + panel * store.mr + m;
+      const int64_t offset = row * store.row_length + store.column_begin;
       Acc* to = store.convert ? scratch : static_cast<Acc*>(out) + offset;
       if (store.source) {
         const int32_t* source = store.source;
@@ -218,9 +228,11 @@ void contract(const ContractJob<Acc>& job, const ContractRange<Acc>& range) {
   for (int64_t begin = range.unit_begin; begin < range.unit_end; begin += job.blocks)  // whole strips
     for (int64_t n = range.sample_begin; n < range.sample_end; ++n) {
       for (int64_t block = 0; block < job.blocks; ++block)
-        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, range, begin + block, n, range.strip + block * kTile);
+        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, range, begin + block, n,
+                                                    range.strip + block * kTile);
       if (!job.store_partial)
-        store_strip(job.store, range.strip, begin / job.blocks, range.strip + job.blocks * kTile, job.batch_grad, n * job.batch_rows);
+        store_strip(job.store, range.strip, begin / job.blocks, range.strip + job.blocks * kTile,
+                    job.batch_grad, n * job.batch_rows);
     }
 }
 
@@ -278,7 +290,8 @@ ALWAYS_INLINE typename Piece<Acc, P>::type load_piece(const Float16* src) {
   return convert_piece<Acc, P>(src);
 }
 
-// Transposes the P x P block x by exchanging its 2 x 2, 4 x 4, ... blocks. The shuffles' indices must be constants.
+// Transposes the P x P block x by exchanging its 2 x 2, 4 x 4, ... blocks. The shuffles' indices must be
+// constants.
 template <int... kLane>
 struct Lanes {
   template <class Acc, int kSize>
@@ -302,7 +315,8 @@ ALWAYS_INLINE void transpose(typename Piece<Acc, P>::type (&x)[P]) {
 
 // Columns side by side: rows are copied P elements at a time, the last P overlapping those before.
 template <class Source, class Acc, int P>
-void pack_contiguous(const Source* src, int64_t row_stride, int64_t rows, int64_t valid, int64_t width, Acc* dst, int64_t pitch) {
+void pack_contiguous(const Source* src, int64_t row_stride, int64_t rows, int64_t valid, int64_t width,
+                     Acc* dst, int64_t pitch) {
   for (int64_t r = 0; r < rows; ++r, src += row_stride, dst += pitch) {
     for (int64_t c = 0; c < valid; c += P) {
       const int64_t at = min(c, valid - P);
@@ -313,8 +327,9 @@ void pack_contiguous(const Source* src, int64_t row_stride, int64_t rows, int64_
   }
 }
 
-// Rows side by side: P x P blocks are transposed in registers, the last ones overlapping those before. A store of a column block
-// wider than the row runs into the next row, which is written after it; the last rows are stored exactly.
+// Rows side by side: P x P blocks are transposed in registers, the last ones overlapping those before. A
+// store of a column block wider than the row runs into the next row, which is written after it; the last rows
+// are stored exactly.
 template <class Source, class Acc, int P>
 void pack_transposed(const Source* src, int64_t rows, const PackColumns& columns, Acc* dst, int64_t pitch) {
   const int64_t width = columns.width, end = (rows - 1) * pitch + width;
@@ -329,7 +344,9 @@ void pack_transposed(const Source* src, int64_t rows, const PackColumns& columns
         for (int l = 0; l < P; ++l) x[l] = load_piece<Acc, P>(src + offset[l] + r);
       } else {
 #pragma GCC unroll 16
-        for (int l = 0; l < P; ++l) x[l] = c + l < columns.valid ? load_piece<Acc, P>(src + offset[l] + r) : typename Piece<Acc, P>::type{};
+        for (int l = 0; l < P; ++l)
+          x[l] = c + l < columns.valid ? load_piece<Acc, P>(src + offset[l] + r)
+                                       : typename Piece<Acc, P>::type{};
       }
       transpose<Acc, P>(x);
       Acc* to = dst + r * pitch + c;
@@ -347,7 +364,8 @@ void pack_transposed(const Source* src, int64_t rows, const PackColumns& columns
 }
 
 template <class Source, class Acc>
-void pack(const void* base, int64_t offset, int64_t row_stride, int64_t rows, const PackColumns& columns, bool square, Acc* dst, int64_t pitch) {
+void pack(const void* base, int64_t offset, int64_t row_stride, int64_t rows, const PackColumns& columns,
+          bool square, Acc* dst, int64_t pitch) {
   constexpr int L = kLanes<Acc>;
   const Source* src = static_cast<const Source*>(base) + offset;
   const int64_t valid = columns.valid, width = columns.width;
@@ -372,7 +390,8 @@ void pack(const void* base, int64_t offset, int64_t row_stride, int64_t rows, co
     pack_transposed<Source, Acc, 4>(src, rows, columns, dst, pitch);
   } else {
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = 0; c < valid; ++c) dst[r * pitch + c] = to_acc(src[r * row_stride + columns.offset[c]]);
+      for (int64_t c = 0; c < valid; ++c)
+        dst[r * pitch + c] = to_acc(src[r * row_stride + columns.offset[c]]);
       for (int64_t c = valid; c < width; ++c) dst[r * pitch + c] = 0;
     }
   }
@@ -414,7 +433,8 @@ Acc sum(const void* base, int64_t offset, int64_t stride, int64_t count) {
 }
 
 template <class Source, class Acc>
-void column_sums(const void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t count, Acc* sums) {
+void column_sums(const void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t count,
+                 Acc* sums) {
   const Source* src = static_cast<const Source*>(base) + offset;
   constexpr int64_t kColumns = 64;
   for (int64_t c0 = 0; c0 < count; c0 += kColumns) {
@@ -502,8 +522,24 @@ void deviation(const Acc* a, const Acc* b, int64_t rows, Acc* mean, Acc* squares
         s[v] += difference * difference;
       }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store_vector(mean + c + v * L, m[v]), store_vector(squares + c + v * L, s[v]);
+    for (int v = 0; v < kVectors; ++v)
+      store_vector(mean + c + v * L, m[v]), store_vector(squares + c + v * L, s[v]);
   }
+}
+
+template <class Acc>
+void center(const Acc* sum, Acc inverse_count, int64_t count, Acc* square) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Acc difference = square[i] - sum[i] * inverse_count * sum[i];
+    square[i] = difference < square[i] * Acc(1.0 / 64) ? Acc(kCancelled) : difference;
+  }
+}
+
+template <class Acc>
+bool any_negative(const Acc* x, int64_t count) {
+  int64_t negative = 0;
+  for (int64_t i = 0; i < count; ++i) negative += x[i] < 0;
+  return negative > 0;
 }
 
 template <class Acc>
@@ -531,6 +567,8 @@ constexpr Kernels<float> kFloatKernels = {
     sum_squares<float>,
     gram_norm<float>,
     deviation<float>,
+    center<float>,
+    any_negative<float>,
     scale<float>,
 };
 constexpr Kernels<double> kDoubleKernels = {
@@ -546,6 +584,8 @@ constexpr Kernels<double> kDoubleKernels = {
     sum_squares<double>,
     gram_norm<double>,
     deviation<double>,
+    center<double>,
+    any_negative<double>,
     scale<double>,
 };
 

@@ -1,6 +1,7 @@
 #include "cpu/options.h"
 
 #include <string>
+#include <utility>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
@@ -39,7 +40,8 @@ Isa isa() {
 
 int64_t set_option(std::string name, int64_t value) {
   if (name == "isa") {
-    STD_TORCH_CHECK(value == 0 || value == 512 || value == 256 || value == 128, "isa must be 0, 512, 256 or 128, got ", value);
+    STD_TORCH_CHECK(value == 0 || value == 512 || value == 256 || value == 128,
+                    "isa must be 0, 512, 256 or 128, got ", value);
     return std::exchange(options().isa, value);
   }
   if (name == "chunk_bytes") {
@@ -47,7 +49,8 @@ int64_t set_option(std::string name, int64_t value) {
     return std::exchange(options().chunk_bytes, value);
   }
   STD_TORCH_CHECK(name == "method", "unknown option ", name, "; known: isa, chunk_bytes, method");
-  STD_TORCH_CHECK(value >= kAutomatic && value <= kProducts, "method must be 0 to ", int64_t(kProducts), ", got ", value);
+  STD_TORCH_CHECK(value >= kAutomatic && value <= kProducts, "method must be 0 to ", int64_t(kProducts),
+                  ", got ", value);
   return std::exchange(options().method, value);
 }
 

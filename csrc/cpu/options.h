@@ -4,13 +4,15 @@
 
 namespace backpack_cuda::cpu {
 
-// Ways to compute; the automatic choice is described where each is made. A way that does not apply is ignored.
+// Ways to compute; the automatic choice is described where each is made. A way that does not apply is
+// ignored.
 enum Method : int64_t {
   kAutomatic = 0,
   kContract = 1,  // linear: the one-pass contraction, for T = 1 too
   kGram = 2,      // linear: batch_l2 from inner products of rows
   kRows = 3,      // convolution: operand packed channels last, a column vector lies in a kernel row
-  kBlocked = 4,   // convolution: operand packed in blocks of channels, a column vector is one block at one kernel position
+  kBlocked = 4,   // convolution: operand packed in blocks of channels, a column vector is one block at one
+                  // kernel position
   kPatches = 5,   // convolution: patches gathered, chunk by chunk
   kGrouped = 6,   // convolution: vector lanes run over groups
   kProducts = 7,  // linear, T = 1: own products instead of torch's

@@ -34,17 +34,21 @@ StatsTensors::StatsTensors(const Tensor& like, const std::vector<int64_t>& shape
       batch_grad(result(like, want & kBatchGrad, with_batch(N, shape), like.scalar_type())),
       batch_l2(result(like, want & kBatchL2, {N}, statistics_dtype(like))),
       sum_grad_squared(result(like, want & kSumGradSquared, shape, statistics_dtype(like))),
-      sum_grad_centered_squared(result(like, want & kSumGradCenteredSquared, shape, statistics_dtype(like))) {}
+      sum_grad_centered_squared(result(like, want & kSumGradCenteredSquared, shape, statistics_dtype(like))) {
+}
 
 void StatsTensors::fill_zero() {
-  for (Tensor* tensor : {&grad, &batch_grad, &batch_l2, &sum_grad_squared, &sum_grad_centered_squared}) torch::stable::zero_(*tensor);
+  for (Tensor* tensor : {&grad, &batch_grad, &batch_l2, &sum_grad_squared, &sum_grad_centered_squared})
+    torch::stable::zero_(*tensor);
 }
 
 FiveStats as_tuple(const StatsTensors& p) {
   return {p.grad, p.batch_grad, p.batch_l2, p.sum_grad_squared, p.sum_grad_centered_squared};
 }
 
-TenStats as_tuple(const StatsTensors& weight, const StatsTensors& bias) { return std::tuple_cat(as_tuple(weight), as_tuple(bias)); }
+TenStats as_tuple(const StatsTensors& weight, const StatsTensors& bias) {
+  return std::tuple_cat(as_tuple(weight), as_tuple(bias));
+}
 
 Storage storage_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {

@@ -31,7 +31,8 @@ struct Rows {
     return product;
   }
 
-  // Calls run(first row, number of rows, offset of the first, stride) for every run of equally spaced rows in [begin, end).
+  // Calls run(first row, number of rows, offset of the first, stride) for every run of equally spaced rows in
+  // [begin, end).
   template <class F>
   void for_runs(int64_t begin, int64_t end, const F& run) const {
     const int64_t inner = sizes.back();

@@ -14,7 +14,7 @@ struct Block {
   size_t bytes;
 };
 
-// Blocks in the order of a call's requests; the k-th request of the next call finds the k-th block.
+// Blocks in the order of a call's requests: the k-th request of the next call finds the k-th block.
 struct Arena {
   std::vector<Block> blocks;
   size_t used = 0;
@@ -37,8 +37,12 @@ thread_local Arena arena;
 
 }  // namespace
 
-Workspace::Workspace() { arena.used = 0; }
-Workspace::~Workspace() { arena.keep(kRetainedBytes); }
+Workspace::Workspace() : begin_(arena.used) {}
+
+Workspace::~Workspace() {
+  arena.used = begin_;
+  if (begin_ == 0) arena.keep(kRetainedBytes);
+}
 
 void* Workspace::allocate(size_t bytes) {
   bytes = (bytes + 4095) & ~size_t{4095};
@@ -60,7 +64,8 @@ void advise_huge_pages(void* data, size_t bytes) {
   constexpr uintptr_t kHugePage = 2 << 20;
   if (bytes < 2 * kHugePage) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t begin = (address + kHugePage - 1) & ~(kHugePage - 1), end = (address + bytes) & ~(kHugePage - 1);
+  const uintptr_t begin = (address + kHugePage - 1) & ~(kHugePage - 1),
+                  end = (address + bytes) & ~(kHugePage - 1);
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;

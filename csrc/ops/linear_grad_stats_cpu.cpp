@@ -1,11 +1,10 @@
 // Linear layers: G_n[o, i] = sum_t grad_output[n, t, o] * input[n, t, i].
 //
-// | wanted                               | T = 1                           | T > 1                                             |
-// | ------------------------------------ | ------------------------------- | ------------------------------------------------- |
-// | grad                                 | one product, rows n             | one product, rows (n, t), or the contraction below |
-// | sums of squares                      | product of squared operands     | the one-pass contraction                          |
-// | batch_l2                             | |input_n|^2 * |grad_output_n|^2 | the contraction, or gram_norm where that is cheaper |
-// | batch_grad                           | outer products                  | the contraction                                   |
+// T = 1: grad is one product over n, sum_grad_squared the product of the squared operands, batch_l2 the
+// product of squared row norms, batch_grad the outer products.
+// T > 1: the contraction, sample by sample, gives all in one pass. Without sums of squares and batch_grad,
+// grad is one product over all rows (n, t), and batch_l2 comes from gram_norm where that is cheaper.
+
 #include <array>
 
 #include <torch/csrc/stable/library.h>
@@ -31,19 +30,24 @@ struct Matrix {
   bool contiguous;               // columns side by side
 
   explicit Matrix(const Tensor& tensor)  // [N, *, columns]
-      : data(tensor.const_data_ptr()), storage(storage_of(tensor)), rows(tensor, 0, tensor.dim() - 1), columns(tensor.size(tensor.dim() - 1)) {
+      : data(tensor.const_data_ptr()),
+        storage(storage_of(tensor)),
+        rows(tensor, 0, tensor.dim() - 1),
+        columns(tensor.size(tensor.dim() - 1)) {
     const int64_t stride = tensor.stride(tensor.dim() - 1);
     for (size_t c = 0; c < columns.size(); ++c) columns[c] = int64_t(c) * stride;
     contiguous = stride == 1;
   }
   int64_t width() const { return int64_t(columns.size()); }
 
-  // Rows [begin, end), columns [column, column + width) with zeros past the last, to dst [end - begin, width].
+  // Rows [begin, end), columns [column, column + count) and zeros, to dst [end - begin, width].
   template <class Acc>
-  void pack(int64_t begin, int64_t end, int64_t column, int64_t width, bool square, Acc* dst) const {
-    const PackColumns block{columns.data() + column, std::min(width, this->width() - column), width, contiguous};
+  void pack(int64_t begin, int64_t end, int64_t column, int64_t count, int64_t width, bool square,
+            Acc* dst) const {
+    const PackColumns block{columns.data() + column, count, width, contiguous};
     rows.for_runs(begin, end, [&](int64_t row, int64_t count, int64_t offset, int64_t stride) {
-      kernels<Acc>().pack[storage](data, offset, stride, count, block, square, dst + (row - begin) * width, width);
+      kernels<Acc>().pack[storage](data, offset, stride, count, block, square, dst + (row - begin) * width,
+                                   width);
     });
   }
 };
@@ -53,28 +57,37 @@ template <class Acc>
 class LinearOperands : public Operands<Acc> {
  public:
   using Piece = typename Operands<Acc>::Piece;
-  LinearOperands(const ContractPlan<Acc>& plan, const Matrix& a, const Matrix& b, int64_t T) : plan_(plan), a_(a), b_(b), T_(T) {}
+  LinearOperands(const ContractPlan<Acc>& plan, const Matrix& a, const Matrix& b, int64_t T)
+      : plan_(plan), a_(a), b_(b), T_(T) {}
 
-  int64_t rows_in_slab(int64_t slab) const override { return std::min(plan_.slab_rows, T_ - slab * plan_.slab_rows); }
+  int64_t rows_in_slab(int64_t slab) const override {
+    return std::min(plan_.slab_rows, T_ - slab * plan_.slab_rows);
+  }
 
   void pack_a(const Piece& piece, int64_t, int64_t, Acc* dst) const override {
     const int64_t width = plan_.tile.nv * plan_.lanes;
     for (int64_t block = 0; block < plan_.blocks; ++block)
-      pack(a_, piece, block * width, width, dst + block * plan_.slab_rows * width);
+      pack(a_, piece, plan_.column_begin + block * width, plan_.columns - block * width, width,
+           dst + block * plan_.slab_rows * width);
   }
 
   void pack_b(const Piece& piece, int64_t strip_begin, int64_t strip_end, Acc* dst) const override {
     const int64_t width = plan_.tile.mr, rows = rows_in_slab(piece.slab);
     for (int64_t strip = strip_begin; strip < strip_end; ++strip)
-      pack(b_, piece, strip * width, width, dst + (strip - strip_begin) * rows * width);
+      pack(b_, piece, strip * width, plan_.rows - strip * width, width,
+           dst + (strip - strip_begin) * rows * width);
   }
 
  private:
-  void pack(const Matrix& matrix, const Piece& piece, int64_t column, int64_t width, Acc* dst) const {
-    const int64_t rows = rows_in_slab(piece.slab), first = piece.n * T_ + piece.slab * plan_.slab_rows, all = matrix.rows.count();
+  // Columns from `column` on, of which `left` are there.
+  void pack(const Matrix& matrix, const Piece& piece, int64_t column, int64_t left, int64_t width,
+            Acc* dst) const {
+    const int64_t rows = rows_in_slab(piece.slab), first = piece.n * T_ + piece.slab * plan_.slab_rows,
+                  all = matrix.rows.count();
     const int64_t begin = rows * piece.part / piece.parts, end = rows * (piece.part + 1) / piece.parts;
     const int64_t valid = std::clamp(all - first, begin, end);  // the last block of rows may be short
-    matrix.pack(first + begin, first + valid, column, width, piece.square, dst + begin * width);
+    matrix.pack(first + begin, first + valid, column, std::min(left, width), width, piece.square,
+                dst + begin * width);
     std::fill(dst + valid * width, dst + end * width, Acc(0));
   }
 
@@ -86,7 +99,8 @@ class LinearOperands : public Operands<Acc> {
 template <class Acc>
 class Linear {
  public:
-  Linear(const Tensor& input, const Tensor& grad_output, int64_t weight_want, int64_t bias_want, const StatsTensors& weight, const StatsTensors& bias)
+  Linear(const Tensor& input, const Tensor& grad_output, int64_t weight_want, int64_t bias_want,
+         const StatsTensors& weight, const StatsTensors& bias)
       : a_(input),
         b_(grad_output),
         input_(input),
@@ -111,7 +125,8 @@ class Linear {
       if (want_ & kSumGradCenteredSquared) recompute_cancelled();
       if (want_ & kBatchL2) outer_norms();
       if (want_ & kBatchGrad) outer_products();
-    } else if (want_ && !(want_ & ~(kGrad | kBatchL2)) && options().method != kContract && (want_ == kGrad || gram_is_cheaper())) {
+    } else if (want_ && !(want_ & ~(kGrad | kBatchL2)) && options().method != kContract &&
+               (want_ == kGrad || gram_is_cheaper())) {
       if (sums) products(sums, false);
       if (want_ & kBatchL2) gram_norms();
     } else if (want_) {
@@ -122,16 +137,26 @@ class Linear {
   }
 
  private:
-  // Rows [0, T) of `samples` samples; the layout of the packed operands.
-  ContractPlan<Acc> plan(int64_t samples, int64_t T) const {
+  // Calls run(plan) for every range of columns: the accumulators of a strip are as wide as the range.
+  template <class F>
+  void for_plans(int64_t samples, int64_t T, const F& run) const {
+    constexpr int64_t kColumns = 1 << 14;
+    const int64_t ranges = ceil_div(I_, kColumns), columns = round_up(ceil_div(I_, ranges), 64);
+    for (int64_t begin = 0; begin < I_; begin += columns)
+      run(plan(samples, T, begin, std::min(begin + columns, I_)));
+  }
+
+  // `samples` samples of T rows, columns [column_begin, column_end).
+  ContractPlan<Acc> plan(int64_t samples, int64_t T, int64_t column_begin, int64_t column_end) const {
     ContractPlan<Acc> plan;
     plan.samples = samples;
     plan.groups = 1;
     plan.all_rows = plan.rows = O_;
-    plan.columns = I_;
-    plan.choose_tile(kernels_, ceil_div(I_, kernels_.lanes));
+    plan.columns = column_end - column_begin, plan.column_begin = column_begin, plan.row_length = I_;
+    plan.choose_tile(kernels_, ceil_div(plan.columns, kernels_.lanes));
     const int64_t width = plan.tile.nv * plan.lanes;
-    const int64_t row_bytes = (plan.blocks * width + plan.strips_per_pass() * plan.tile.mr) * int64_t(sizeof(Acc));
+    const int64_t row_bytes =
+        (plan.blocks * width + plan.strips_per_pass() * plan.tile.mr) * int64_t(sizeof(Acc));
     const int64_t slab_bytes = options().chunk_bytes ? options().chunk_bytes : kSlabBytes;
     plan.slab_rows = std::clamp<int64_t>(slab_bytes / row_bytes, 1, std::min<int64_t>(T, 1 << 16));
     plan.slabs = ceil_div(T, plan.slab_rows);
@@ -139,7 +164,7 @@ class Linear {
     for (int64_t t = 0; t < plan.slab_rows; ++t) plan.row_offset.push_back(int32_t(t * width));
     for (int64_t v = 0; v < plan.blocks * plan.tile.nv; ++v) {
       plan.column_offset[v] = v / plan.tile.nv * plan.slab_rows * width + v % plan.tile.nv * plan.lanes;
-      plan.column_lanes[v] = int32_t(std::clamp<int64_t>(I_ - v * plan.lanes, 0, plan.lanes));
+      plan.column_lanes[v] = int32_t(std::clamp<int64_t>(plan.columns - v * plan.lanes, 0, plan.lanes));
     }
     return plan;
   }
@@ -150,8 +175,10 @@ class Linear {
   }
 
   void contract_samples() {
-    const ContractPlan<Acc> samples = plan(N_, T_);
-    contract<Acc>(samples, LinearOperands<Acc>(samples, a_, b_, T_), want_, weight_, workspace_, [&](int64_t, int64_t end) { add_bias(end); });
+    for_plans(N_, T_, [&](const ContractPlan<Acc>& plan) {
+      const LinearOperands<Acc> operands(plan, a_, b_, T_);
+      contract<Acc>(plan, operands, want_, weight_, [&](int64_t, int64_t end) { add_bias(end); });
+    });
   }
 
   // Sums over all rows (n, t) at once, in blocks of rows. Sums of squares are only those of G_n when T = 1.
@@ -159,14 +186,19 @@ class Linear {
     const int64_t rows = N_ * T_;
     const int64_t fitting = kChunkBytes / ((I_ + O_) * int64_t(sizeof(Acc)));
     const int64_t block = std::min(rows, std::clamp<int64_t>(fitting, 64, 1024));
-    ContractPlan<Acc> blocks = plan(ceil_div(rows, block), block);
-    if (squares) blocks.rows_are_samples = N_;
-    contract<Acc>(blocks, LinearOperands<Acc>(blocks, a_, b_, block), want, weight_, workspace_,
-                  [&](int64_t, int64_t end) { add_bias(std::min(end * block, rows) / T_); });
+    for_plans(ceil_div(rows, block), block, [&](ContractPlan<Acc> plan) {
+      if (squares) plan.rows_are_samples = N_;
+      const LinearOperands<Acc> operands(plan, a_, b_, block);
+      contract<Acc>(plan, operands, want, weight_,
+                    [&](int64_t, int64_t end) { add_bias(std::min(end * block, rows) / T_); });
+    });
   }
 
-  // T = 1 and results of the operands' dtype: torch's own matrix products are 10 to 20 % faster than the contraction.
+  // T = 1: torch's own matrix products are 10 to 30 % faster than the contraction. With more rows than this
+  // they may split the sum over n between threads, and their results then depend on the number of threads.
   bool library_is_faster(int64_t want) const {
+    constexpr int64_t kRows = 256;
+    if (N_ > kRows) return false;
     if (options().method == kProducts || a_.storage != (sizeof(Acc) == 8 ? kFloat64 : kFloat32)) return false;
     if (want == kGrad) return true;
     const bool squares_fit = N_ * (I_ + O_) * int64_t(sizeof(Acc)) <= kSlabBytes;  // copies of the operands
@@ -178,7 +210,8 @@ class Linear {
     multiply(b, a, weight_.grad);
     if (want == kGrad) return;
     // The last one that is wanted holds the sum of squares until it is centered.
-    const Tensor& squares = want & kSumGradCenteredSquared ? weight_.sum_grad_centered_squared : weight_.sum_grad_squared;
+    const Tensor& squares =
+        want & kSumGradCenteredSquared ? weight_.sum_grad_centered_squared : weight_.sum_grad_squared;
     multiply(squared(b), squared(a), squares);
     if (!(want & kSumGradCenteredSquared)) return;
     const Acc* sum = static_cast<const Acc*>(weight_.grad.const_data_ptr());
@@ -187,14 +220,16 @@ class Linear {
     const Acc inverse = Acc(1 / double(N_));
     parallel_for(0, O_ * I_, 1 << 14, [&](int64_t begin, int64_t end) {
       if (square) std::copy(centered + begin, centered + end, square + begin);
-      for (int64_t i = begin; i < end; ++i) centered[i] = centered_difference(centered[i], sum[i] * inverse * sum[i]);
+      kernels_.center(sum + begin, inverse, end - begin, centered + begin);
     });
   }
 
-  // T = 1: computes sum_grad_centered_squared anew, by deviations from the mean, wherever the difference of sums cancelled.
+  // T = 1: computes sum_grad_centered_squared anew, by deviations from the mean, wherever the difference of
+  // sums cancelled.
   void recompute_cancelled() {
     constexpr int64_t kColumns = kDeviationColumns, kRows = 512, kOutputs = 256;
     Acc* centered = static_cast<Acc*>(weight_.sum_grad_centered_squared.mutable_data_ptr());
+    if (!kernels_.any_negative(centered, O_ * I_)) return;
     parallel_for(0, ceil_div(I_, kColumns), 1, [&](int64_t begin, int64_t end) {
       std::vector<Acc> a, b;
       std::vector<double> mean, squares;
@@ -203,22 +238,21 @@ class Linear {
         const int64_t i = block * kColumns, width = std::min(kColumns, I_ - i);
         for (int64_t o = 0; o < O_;) {
           for (outputs.clear(); o < O_ && int64_t(outputs.size()) < kOutputs; ++o) {
-            bool cancelled = false;
-            for (int64_t c = 0; c < width; ++c) cancelled |= centered[o * I_ + i + c] < 0;
-            if (cancelled) outputs.push_back(o);
+            if (kernels_.any_negative(centered + o * I_ + i, width)) outputs.push_back(o);
           }
           if (outputs.empty()) continue;
           a.resize(kRows * kColumns), b.resize(kRows);
           mean.assign(outputs.size() * kColumns, 0), squares.assign(outputs.size() * kColumns, 0);
           for (int64_t n = 0; n < N_; n += kRows) {
             const int64_t rows = std::min(kRows, N_ - n);
-            a_.pack(n, n + rows, i, kColumns, false, a.data());
+            a_.pack(n, n + rows, i, width, kColumns, false, a.data());
             for (size_t k = 0; k < outputs.size(); ++k) {
-              b_.pack(n, n + rows, outputs[k], 1, false, b.data());
+              b_.pack(n, n + rows, outputs[k], 1, 1, false, b.data());
               Acc row_mean[kColumns], row_squares[kColumns];
               kernels_.deviation(a.data(), b.data(), rows, row_mean, row_squares);
               for (int64_t c = 0; c < width; ++c) {  // Chan, Golub and LeVeque 1979
-                const double difference = row_mean[c] - mean[k * kColumns + c], share = double(rows) / double(n + rows);
+                const double difference = row_mean[c] - mean[k * kColumns + c],
+                             share = double(rows) / double(n + rows);
                 mean[k * kColumns + c] += difference * share;
                 squares[k * kColumns + c] += row_squares[c] + difference * difference * share * double(n);
               }
@@ -238,20 +272,23 @@ class Linear {
   static Tensor flat(const Tensor& tensor) {
     std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::reshape(torch::stable::detail::to<Tensor>(stack[0]), {tensor.size(0), tensor.size(tensor.dim() - 1)});
+    return torch::stable::reshape(torch::stable::detail::to<Tensor>(stack[0]),
+                                  {tensor.size(0), tensor.size(tensor.dim() - 1)});
   }
 
   static Tensor squared(const Tensor& tensor) {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(tensor), torch::stable::detail::from(tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
+    std::array<StableIValue, 2> stack{torch::stable::detail::from(tensor),
+                                      torch::stable::detail::from(tensor)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensor>(stack[0]);
   }
 
   // out = b^T a
   static void multiply(const Tensor& b, const Tensor& a, const Tensor& out) {
     Tensor rows = b;
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::transpose(rows, 0, 1)), torch::stable::detail::from(a),
-                                      torch::stable::detail::from(out)};
+    std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::transpose(rows, 0, 1)),
+                                      torch::stable::detail::from(a), torch::stable::detail::from(out)};
     STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
   }
@@ -263,7 +300,7 @@ class Linear {
     matrix.rows.for_runs(index, index + 1, [&](int64_t, int64_t, int64_t offset, int64_t) {
       if (in_place) result = static_cast<const Acc*>(matrix.data) + offset;
     });
-    if (!in_place) matrix.pack(index, index + 1, 0, matrix.width(), false, scratch);
+    if (!in_place) matrix.pack(index, index + 1, 0, matrix.width(), matrix.width(), false, scratch);
     return result;
   }
 
@@ -296,23 +333,27 @@ class Linear {
 
   int64_t gram_width() const { return round_up(I_, kernels_.lanes) + round_up(O_, kernels_.lanes); }
 
-  // Half of T^2 (I + O) products, against T I O. With grad, which the contraction gives too, one more product is needed.
+  // Half of T^2 (I + O) products, against T I O. With grad, which the contraction gives too, one more product
+  // is needed.
   bool gram_is_cheaper() const {
-    if (T_ * gram_width() * int64_t(sizeof(Acc)) > kChunkBytes / 2) return false;  // rows of one sample per thread
+    if (T_ * gram_width() * int64_t(sizeof(Acc)) > kChunkBytes / 2)
+      return false;  // rows of one sample per thread
     if (options().method == kGram) return true;
-    const double gram = 0.5 * double(T_) * double(T_ + 4) * double(I_ + O_), product = double(T_) * double(I_) * double(O_);
+    const double gram = 0.5 * double(T_) * double(T_ + 4) * double(I_ + O_),
+                 product = double(T_) * double(I_) * double(O_);
     return want_ & kGrad ? T_ <= 16 && gram < 0.5 * product : gram < product;
   }
 
   void gram_norms() {
     Acc* l2 = static_cast<Acc*>(weight_.batch_l2.mutable_data_ptr());
-    const int64_t a_width = round_up(I_, kernels_.lanes), b_width = round_up(O_, kernels_.lanes), slots = std::min<int64_t>(N_, 16);
+    const int64_t a_width = round_up(I_, kernels_.lanes), b_width = round_up(O_, kernels_.lanes),
+                  slots = std::min<int64_t>(N_, 16);
     Acc* scratch = workspace_.get<Acc>(slots * T_ * gram_width());
     parallel_for(0, slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
       Acc *a = scratch + slot_begin * T_ * gram_width(), *b = a + T_ * a_width;
       for (int64_t n = slot_begin * N_ / slots; n < slot_end * N_ / slots; ++n) {
-        a_.pack(n * T_, (n + 1) * T_, 0, a_width, false, a);
-        b_.pack(n * T_, (n + 1) * T_, 0, b_width, false, b);
+        a_.pack(n * T_, (n + 1) * T_, 0, I_, a_width, false, a);
+        b_.pack(n * T_, (n + 1) * T_, 0, O_, b_width, false, b);
         const double norm = kernels_.gram_norm(a, a_width, b, b_width, T_);
         l2[n] = Acc(norm < 0 ? 0 : norm);  // rounding; NaN stays
       }
@@ -329,14 +370,16 @@ class Linear {
   int64_t bias_done_ = 0;  // samples
 };
 
-TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64_t weight_want, int64_t bias_want) {
+TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64_t weight_want,
+                           int64_t bias_want) {
   check_operands(input, grad_output);
   check_want(weight_want, "weight_want");
   check_want(bias_want, "bias_want");
   const int64_t last = input.dim() - 1, N = input.size(0), I = input.size(last), O = grad_output.size(last);
   for (int64_t d = 0; d < last; ++d)
-    STD_TORCH_CHECK(input.size(d) == grad_output.size(d), "input and grad_output must agree in all dims but the last, got ",
-                    shape_text(input), " and ", shape_text(grad_output));
+    STD_TORCH_CHECK(input.size(d) == grad_output.size(d),
+                    "input and grad_output must agree in all dims but the last, got ", shape_text(input),
+                    " and ", shape_text(grad_output));
   StatsTensors weight(input, {O, I}, N, weight_want), bias(grad_output, {O}, N, bias_want);
   if (grad_output.numel() == 0) bias.fill_zero();
   if (input.numel() == 0 || grad_output.numel() == 0) {
