@@ -34,7 +34,8 @@ demo: build .venv/.demo
 	$(SAY) 'Running the demo'
 	@$(PY) examples/find_mislabelled_digits.py $(ARGS)
 
-test: build .venv/.test
+# With the demo and the peers, so that no test of them is skipped.
+test: build .venv/.test .venv/.demo .venv/.bench
 	$(SAY) 'Running the tests'
 	@$(PY) -m pytest $(ARGS)
 

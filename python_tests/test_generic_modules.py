@@ -460,17 +460,6 @@ class Bags(nn.Module):
         return self.embedding(torch.arange(7, device=x.device), torch.tensor([0, 2, 5], device=x.device))
 
 
-class AdaptiveLoss(nn.Module):
-    """nn.AdaptiveLogSoftmaxWithLoss: its loss is a scalar."""
-
-    def __init__(self):
-        super().__init__()
-        self.loss = nn.AdaptiveLogSoftmaxWithLoss(4, 8, [2, 5], div_value=1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.loss(x, torch.arange(len(x), device=x.device) % 8).loss
-
-
 @dataclass
 class Record:
     value: Tensor
@@ -499,7 +488,6 @@ class Unpacked(nn.Module):
 NOT_REPEATABLE = {
     "input changed in place": (Overwriting, "Overwriting"),
     "bags by offsets": (Bags, "EmbeddingBag"),
-    "adaptive softmax": (AdaptiveLoss, "AdaptiveLogSoftmaxWithLoss"),
     "unknown output": (Unpacked, "RecordOutput"),
 }
 

@@ -27,33 +27,33 @@ BiasStats<Acc>::BiasStats(const Tensor& grad_output, int64_t channel_dim, int64_
   samples_per_block_ =
       std::clamp<int64_t>(kChunkBytes / sample_bytes, 1, std::max<int64_t>(grad_output.size(0), 1));
   sums_ = workspace.get<Acc>(samples_per_block_ * channels_);
-  total_ = workspace.get<Acc>(channels_);
-  square_ = workspace.get<Acc>(channels_);
+  total_ = workspace.get<double>(channels_);
+  square_ = workspace.get<double>(channels_);
 }
 
 template <class Acc>
 void BiasStats<Acc>::sum_positions(int64_t n, int64_t channel_begin, int64_t channel_end, Acc* sums) const {
-  std::fill(sums + channel_begin, sums + channel_end, Acc(0));
-  const int64_t base = n * sample_stride_;
+  double totals[kChannelsPerItem] = {};
+  const int64_t base = n * sample_stride_, channels = channel_end - channel_begin;
   before_.for_runs(
       0, before_.count(), [&](int64_t, int64_t outer_rows, int64_t outer_offset, int64_t outer_stride) {
+        const int64_t outer_first = base + outer_offset + channel_begin * channel_stride_;
         if (channel_stride_ == 1 && after_.count() == 1) {
-          kernels_.column_sums[storage_](data_, base + outer_offset + channel_begin, outer_stride, outer_rows,
-                                         channel_end - channel_begin, sums + channel_begin);
+          kernels_.column_sums[storage_](data_, outer_first, outer_stride, outer_rows, channels, totals);
           return;
         }
         for (int64_t outer = 0; outer < outer_rows; ++outer)
           after_.for_runs(0, after_.count(), [&](int64_t, int64_t rows, int64_t offset, int64_t stride) {
-            const int64_t first = base + outer_offset + outer * outer_stride + offset;
+            const int64_t first = outer_first + outer * outer_stride + offset;
             if (channel_stride_ == 1) {
-              kernels_.column_sums[storage_](data_, first + channel_begin, stride, rows,
-                                             channel_end - channel_begin, sums + channel_begin);
+              kernels_.column_sums[storage_](data_, first, stride, rows, channels, totals);
             } else {
-              for (int64_t c = channel_begin; c < channel_end; ++c)
-                sums[c] += kernels_.sum[storage_](data_, first + c * channel_stride_, stride, rows);
+              for (int64_t c = 0; c < channels; ++c)
+                totals[c] += kernels_.sum[storage_](data_, first + c * channel_stride_, stride, rows);
             }
           });
       });
+  for (int64_t c = 0; c < channels; ++c) sums[channel_begin + c] = Acc(totals[c]);
 }
 
 template <class Acc>
@@ -88,21 +88,21 @@ void BiasStats<Acc>::add(int64_t begin, int64_t end) {
     torch::stable::parallel_for(0, items, 4, [&](int64_t item_begin, int64_t item_end) {
       const int64_t c0 = channel_range(item_begin).first, c1 = channel_range(item_end - 1).second;
       if (count_ == 0) {
-        std::fill(total_ + c0, total_ + c1, Acc(0));
-        std::fill(square_ + c0, square_ + c1, Acc(0));
+        std::fill(total_ + c0, total_ + c1, 0.0);
+        std::fill(square_ + c0, square_ + c1, 0.0);
       }
       for (int64_t n = 0; n < samples; ++n) {
         const Acc* g = sums_ + n * channels_;
         const double count = double(count_ + n + 1);
         if (want_ & kSumGradCenteredSquared) {  // as in the weight's kernel
-          const Acc inverse = Acc(1 / count), weight = Acc(count > 1 ? count / (count - 1) : 1.0);
+          const double inverse = 1 / count, weight = count > 1 ? count / (count - 1) : 1.0;
           for (int64_t c = c0; c < c1; ++c) {
             total_[c] += g[c];
-            const Acc difference = g[c] - total_[c] * inverse;
+            const double difference = g[c] - total_[c] * inverse;
             square_[c] += difference * (difference * weight);
           }
         } else if (want_ & kSumGradSquared) {
-          for (int64_t c = c0; c < c1; ++c) total_[c] += g[c], square_[c] += g[c] * g[c];
+          for (int64_t c = c0; c < c1; ++c) total_[c] += g[c], square_[c] += double(g[c]) * g[c];
         } else {
           for (int64_t c = c0; c < c1; ++c) total_[c] += g[c];
         }
@@ -115,22 +115,22 @@ void BiasStats<Acc>::add(int64_t begin, int64_t end) {
 template <class Acc>
 void BiasStats<Acc>::finish() {
   if (!want_) return;
-  if (want_ & kGrad) {
-    const Convert<Acc> convert = converter<Acc>(storage_);
-    if (convert)
-      convert(total_, channels_, bias_.grad.mutable_data_ptr(), 0);
-    else
-      std::copy(total_, total_ + channels_, static_cast<Acc*>(bias_.grad.mutable_data_ptr()));
-  }
+  const Convert<Acc> convert = converter<Acc>(storage_);
+  const double inverse = 1 / double(count_);
   const bool centered = want_ & kSumGradCenteredSquared;
+  Acc* out = sums_;
+  if (want_ & kGrad) {
+    if (!convert) out = static_cast<Acc*>(bias_.grad.mutable_data_ptr());
+    std::copy(total_, total_ + channels_, out);
+    if (convert) convert(out, channels_, bias_.grad.mutable_data_ptr(), 0);
+  }
   if (centered)
     std::copy(square_, square_ + channels_,
               static_cast<Acc*>(bias_.sum_grad_centered_squared.mutable_data_ptr()));
   if (want_ & kSumGradSquared) {
-    Acc* out = static_cast<Acc*>(bias_.sum_grad_squared.mutable_data_ptr());
-    const Acc inverse = Acc(1 / double(count_));
+    out = static_cast<Acc*>(bias_.sum_grad_squared.mutable_data_ptr());
     for (int64_t c = 0; c < channels_; ++c)
-      out[c] = centered ? uncentered(square_[c], total_[c], inverse) : square_[c];
+      out[c] = Acc(centered ? uncentered(square_[c], total_[c], inverse) : square_[c]);
   }
 }
 

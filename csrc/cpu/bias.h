@@ -28,8 +28,8 @@ class BiasStats {
   int64_t count_ = 0;          // samples so far
   int64_t samples_per_block_;  // whose sums are held at a time
   Acc* sums_ = nullptr;        // [samples_per_block, C]
-  Acc* total_ = nullptr;       // [C]
-  Acc* square_ = nullptr;      // [C], centered when that is wanted
+  double* total_ = nullptr;    // [C]
+  double* square_ = nullptr;   // [C], centered when that is wanted
 };
 
 }  // namespace backpack_cuda::cpu

@@ -93,10 +93,10 @@ struct Kernels {
   void (*store_strip)(const StripStore<Acc>& store, const Acc* strip, int64_t strip_index, Acc* scratch,
                       void* to, int64_t first_row);
   // Sum of `count` elements `stride` apart.
-  Acc (*sum[kStorages])(const void* src, int64_t src_offset, int64_t stride, int64_t count);
+  double (*sum[kStorages])(const void* src, int64_t src_offset, int64_t stride, int64_t count);
   // sums[c] += sum over rows, for `count` consecutive columns.
   void (*column_sums[kStorages])(const void* src, int64_t src_offset, int64_t row_stride, int64_t rows,
-                                 int64_t count, Acc* sums);
+                                 int64_t count, double* sums);
   double (*sum_squares)(const Acc* x, int64_t count);
   // sum_{t, s} <a_t, a_s> <b_t, b_s> = |sum_t b_t a_t^T|^2, for rows padded with zeros to `a_width`,
   // `b_width` (multiples of lanes).

@@ -14,7 +14,9 @@ namespace {
 
 // A tile's sums over t are added to a second accumulator after this many rows, which keeps the rounding error
 // of long sums small.
-constexpr int64_t kRowsPerBlock = 1024;
+constexpr int64_t kRowsPerBlock = 256;
+// Likewise for plain sums, whose second accumulator is a double.
+constexpr int64_t kTermsPerBlock = 64;
 
 template <class Acc>
 struct VectorOf;
@@ -419,28 +421,28 @@ ALWAYS_INLINE double sum_block(const Source*& src, int64_t stride, int64_t& coun
 }
 
 template <class Source, class Acc>
-Acc sum(const void* base, int64_t offset, int64_t stride, int64_t count) {
+double sum(const void* base, int64_t offset, int64_t stride, int64_t count) {
   const Source* src = static_cast<const Source*>(base) + offset;
   double total = 0;
-  for (; count > 64 * kRowsPerBlock; count -= 64 * kRowsPerBlock) {
-    int64_t block = 64 * kRowsPerBlock;
+  for (; count > 64 * kTermsPerBlock; count -= 64 * kTermsPerBlock) {
+    int64_t block = 64 * kTermsPerBlock;
     total += sum_block<64, Source, Acc>(src, stride, block);
   }
   if (count >= 64) total += sum_block<64, Source, Acc>(src, stride, count);
   if (count >= 8) total += sum_block<8, Source, Acc>(src, stride, count);
   for (int64_t i = 0; i < count; ++i) total += to_acc(src[i * stride]);
-  return Acc(total);
+  return total;
 }
 
 template <class Source, class Acc>
 void column_sums(const void* base, int64_t offset, int64_t row_stride, int64_t rows, int64_t count,
-                 Acc* sums) {
+                 double* sums) {
   const Source* src = static_cast<const Source*>(base) + offset;
   constexpr int64_t kColumns = 64;
   for (int64_t c0 = 0; c0 < count; c0 += kColumns) {
     const int64_t width = min(kColumns, count - c0);
-    for (int64_t begin = 0; begin < rows; begin += kRowsPerBlock) {
-      const int64_t end = min(rows, begin + kRowsPerBlock);
+    for (int64_t begin = 0; begin < rows; begin += kTermsPerBlock) {
+      const int64_t end = min(rows, begin + kTermsPerBlock);
       Acc block[kColumns] = {};
       for (int64_t r = begin; r < end; ++r)
         for (int64_t c = 0; c < width; ++c) block[c] += to_acc(src[r * row_stride + c0 + c]);
@@ -452,8 +454,8 @@ void column_sums(const void* base, int64_t offset, int64_t row_stride, int64_t r
 template <class Acc>
 double sum_squares(const Acc* x, int64_t count) {
   double total = 0;
-  for (int64_t begin = 0; begin < count; begin += 16 * kRowsPerBlock) {
-    const int64_t end = min(count, begin + 16 * kRowsPerBlock);
+  for (int64_t begin = 0; begin < count; begin += 16 * kTermsPerBlock) {
+    const int64_t end = min(count, begin + 16 * kTermsPerBlock);
     Acc lane[16] = {};
     int64_t i = begin;
     for (; i + 16 <= end; i += 16)
