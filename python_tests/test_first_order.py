@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from helpers import assert_close, named, some
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from model_cases import (
     LAYERS,
     MODELS,
@@ -266,6 +268,55 @@ def test_ignored_targets(device):
     names = [name for name, _ in stock.named_parameters()]
     assert_quantities(model, dict(zip(names, map(from_per_sample, gradients), strict=True)))
     assert (model[0].weight.batch_l2[[1, 3]] == 0).all()
+
+
+@st.composite
+def random_networks(draw) -> tuple[nn.Module, tuple[int, ...]]:
+    """(a chain of layers, some of them used again, tied or frozen; its input shape)."""
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    size = shape = draw(st.sampled_from([(4,), (2, 6), (2, 5, 4)]))  # without the batch dimension
+    layers: list[tuple[nn.Module, tuple[int, ...]]] = []  # with their input sizes
+    for _ in range(draw(st.integers(1, 5))):
+        dims = len(size) - 1
+        groups = draw(st.sampled_from((1, size[0])))
+        options = {"groups": groups, "bias": draw(st.booleans()), "stride": draw(st.integers(1, 2))}
+        choices = [nn.Linear(size[-1], draw(st.sampled_from((size[-1], 3, 1)))), nn.Tanh(), nn.LayerNorm(size)]
+        choices += [module for module, its_size in layers if its_size == size]
+        if dims:
+            padding = {"padding": 1, "padding_mode": draw(st.sampled_from(("zeros", "circular")))}
+            channels = size[0], groups * draw(st.integers(1, 3))
+            kernel_size = draw(st.integers(1, min(3, *size[1:])))
+            choices.append(getattr(nn, f"Conv{dims}d")(*channels, kernel_size, **options, **padding))
+            choices.append(getattr(nn, f"ConvTranspose{dims}d")(*channels, kernel_size, **options))
+        layers.append((draw(st.sampled_from(choices)), size))
+        size = tuple(layers[-1][0](torch.zeros(2, *size)).shape[1:])
+    layers.append((nn.Linear(size[-1], 2), size))
+    linear = [module for module, _ in layers if isinstance(module, nn.Linear)]
+    for first, second in itertools.combinations(linear, 2):
+        if first.weight.shape == second.weight.shape and draw(st.booleans()):
+            second.weight = first.weight
+    model = nn.Sequential(*[module for module, _ in layers]).double()
+    for parameter in list(model.parameters())[:-1]:
+        parameter.requires_grad_(draw(st.integers(0, 5)) > 0)
+    return model, (draw(st.integers(1, 4)), *shape)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(network=random_networks(), names=st.sets(st.sampled_from(sorted(SAVED)), min_size=1))
+def test_random_networks(network, names, device):
+    stock, shape = network
+    inputs = torch.randn(shape, dtype=torch.float64)
+    weights = torch.linspace(1, 2, stock(inputs)[0].numel(), dtype=torch.float64).to(device)
+
+    def loss(model, x):
+        return (model(x).flatten(1) * weights.to(x.device)).sin().sum() / shape[0]
+
+    trained = {name: p for name, p in stock.named_parameters() if p.requires_grad}
+    rows = per_sample_gradients(lambda n: loss(stock, inputs[n : n + 1]), list(trained.values()), shape[0])
+    model = extend(stock).to(device)
+    with backpack(*[EXTENSIONS[name]() for name in sorted(names)]):
+        loss(model, inputs.to(device)).backward()
+    assert_quantities(model, dict(zip(trained, map(from_per_sample, rows), strict=True)), 1e-8, names)
 
 
 def test_extending_a_loss_is_accepted(device):

@@ -199,6 +199,18 @@ def test_empty_operands_give_zeros(case, samples, device):
     assert [value.shape for value in wanted] == [value.shape for value in weight[:4]]
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions_without_output_positions(groups, device):
+    """T = 0, which torch's own layers refuse: zeros."""
+    input, grad_output = torch.randn(3, 4, 2, 5, device=device), torch.randn(3, 8, 0, 3, device=device)
+    stats = bp.ops.conv_grad_stats(input, grad_output, 3, groups=groups, want=FIELDS[:4])
+    weight = (8, 4 // groups, 3, 3)
+    assert [tuple(value.shape) for value in stats] == [weight, (3, *weight), (3,), weight]
+    assert all((value == 0).all() for value in stats)
+    stats = bp.ops.bias_grad_stats(grad_output, want=FIELDS[:4], channel_dim=1)
+    assert all((value == 0).all() for value in stats)
+
+
 LARGE_MEANS = {  # case, spread of the operands around 1: the gradients' mean is then about 100 times their spread
     "linear": (linear((64, 70), 45), 9e-3),
     "linear_large_batch": (linear((4000, 12), 9), 1e-2),

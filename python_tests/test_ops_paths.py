@@ -141,6 +141,27 @@ def test_long_sums(case, positive):
             assert (error <= 1e-5 * torch.maximum(exact.abs(), 0.03 * size)).all(), name
 
 
+FAR_APART = {  # case, strides of its input in elements
+    "samples": (linear((2, 5), 3), (2**31, 1)),
+    "samples of tokens": (linear((2, 3, 5), 3), (2**31 - 20, 7, 1)),
+    "tokens": (linear((2, 3, 5), 3), (7, 2**30, 1)),
+    "features": (linear((4, 3), 3), (1, 2**30)),
+    "images": (conv((2, 3, 4, 5), 4, 3, padding=1), (2**31 - 60, 20, 5, 1)),
+    "channels": (conv((2, 3, 4, 5), 4, 3, padding=1), (20, 2**30, 5, 1)),
+    "rows of depthwise images": (conv((2, 3, 3, 5), 3, 3, padding=1, groups=3), (15, 5, 2**30, 1)),
+    "transposed": (conv((2, 3, 3, 2), 4, 2, output_padding=0), (18, 6, 2**30, 1)),
+}
+
+
+@named("case, strides", FAR_APART)
+def test_offsets_beyond_32_bits(case, strides):
+    """Operands spread over four gigabytes of address space, of which only their own pages are touched."""
+    input, grad_output = case.operands(dtype=torch.float16)
+    far = torch.empty(2**31 + 100, dtype=torch.float16).as_strided(case.input_shape, strides).copy_(input)
+    for actual, expected in zip(case.raw(far, grad_output), case.raw(input, grad_output), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @named("case", CASES)
