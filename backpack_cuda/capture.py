@@ -14,8 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
+from backpack_cuda.autocast import autocast_enabled, without_autocast
 from backpack_cuda.context import CTX, disable
 from backpack_cuda.per_sample import NoPerSampleGradients, Use
 from backpack_cuda.per_sample.dense import merge
@@ -24,14 +26,15 @@ from backpack_cuda.stats import Stats, Want
 IO_FLAG = "_backpack_store_io"  # attribute of modules extended with store_io=True
 
 
-def capturing() -> bool:
-    """Whether a forward pass must prepare for quantities, rather than run torch's own layer untouched.
+def capturing(*inputs) -> bool:
+    """Whether a forward pass on `inputs` must prepare for quantities, rather than run torch's own layer untouched.
 
-    Not without a graph, not inside `disable()`, and not under tracers and function transforms, which take the layers
-    apart themselves.
+    Not without a graph, not inside `disable()`, not under tracers and function transforms, which take the layers apart
+    themselves, and not for inputs that quantities are not defined for (complex, nested or sparse ones).
     """
     return (
         torch.is_grad_enabled()
+        and all(map(_has_quantities, inputs))
         and disable.should_store_io()
         and not torch.compiler.is_compiling()
         and torch._C._functorch.peek_interpreter_stack() is None
@@ -40,11 +43,26 @@ def capturing() -> bool:
     )
 
 
+def _has_quantities(input) -> bool:
+    """Whether quantities are defined for a layer with such an input; where they are asked for and not, a warning."""
+    if not isinstance(input, Tensor):
+        return False  # a tracer's stand-in
+    if input.is_complex() or input.layout != torch.strided:
+        if CTX.get_active_exts():
+            kind = input.dtype if input.is_complex() else f"{input.layout} layout"
+            warnings.warn(f"no results for a layer whose input has {kind}: a dense real tensor is needed", stacklevel=4)
+        return False
+    return True
+
+
 class LayerOperation(Protocol):
     """A layer's forward and backward as plain functions of tensors; without state, so that it can be shared."""
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
+
+    def to_save(self, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        """Input and weight for the backward pass, None where torch's layer does not keep them."""
 
     def backward(
         self, grad_output: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]
@@ -58,9 +76,31 @@ class LayerOperation(Protocol):
         """The module's input from the one that `forward` got."""
 
 
-def autocast_enabled(device_type: str) -> bool:
-    """Whether operations on such a device run in autocast's type now."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def _reached(node) -> bool | None:
+    """Whether the running backward pass forms the gradient that `node` receives; None where torch does not say."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf, in torch.autograd.grad()
+        return None
+
+
+def _asked_for(node, accumulator, parameter: Tensor) -> bool:
+    """Whether the running backward pass forms the gradient of `parameter`, which `node` uses."""
+    reached = _reached(accumulator)
+    if reached is None:
+        # torch.autograd.grad() runs every use of a parameter that it was asked for. Another one may have uses that do
+        # not run, and the rest alone would give a wrong result.
+        others = [other for reference in _nodes.get(id(parameter), ()) if (other := reference()) is not None]
+        return all(other is node or torch._C._will_engine_execute_node(other) or _freed(other) for other in others)
+    return reached
+
+
+def _freed(node) -> bool:
+    """Whether an earlier backward pass went through `node` and freed what it had saved."""
+    try:
+        return not node.saved_tensors
+    except RuntimeError:
+        return True
 
 
 def _without_autocast(backward: Callable) -> Callable:
@@ -68,10 +108,7 @@ def _without_autocast(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, *grad_outputs):
-        device_type = grad_outputs[0].device.type
-        if not autocast_enabled(device_type):
-            return backward(ctx, *grad_outputs)
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(grad_outputs[0].device.type):
             return backward(ctx, *grad_outputs)
 
     return run
@@ -82,9 +119,11 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input, weight, bias, module, operation):
-        ctx.save_for_backward(input, weight)
+        saved_input, saved_weight = operation.to_save(input, weight, ctx.needs_input_grad)
+        ctx.save_for_backward(saved_input, saved_weight)
         ctx.module = module
         ctx.operation = operation
+        ctx.parameters = (("weight", module.weight), ("bias", module.bias))  # they may be replaced later
         return operation.forward(input, weight, bias)
 
     @staticmethod
@@ -92,17 +131,21 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         module, operation = ctx.module, ctx.operation
-        needs_input, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
+        # A backward pass that was asked for some gradients only (`inputs=...`) does not reach every edge.
+        needs_input, needs_weight, needs_bias = needs = [
+            need and _reached(ctx.next_functions[edge][0]) is not False
+            for edge, need in enumerate(ctx.needs_input_grad[:3])
+        ]
         requested = CTX.get_active_exts() and (needs_weight or needs_bias)
         if not requested and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
         use = operation.use(input, grad_output)
         parameters = {}
-        if requested and needs_weight:
-            parameters["weight"] = module.weight
-        if requested and needs_bias:
-            parameters["bias"] = module.bias
+        if requested:
+            for edge, need, (name, parameter) in zip((1, 2), (needs_weight, needs_bias), ctx.parameters, strict=True):
+                if need and _asked_for(ctx, ctx.next_functions[edge][0], parameter):
+                    parameters[name] = parameter
         # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
         fused = not torch.is_grad_enabled() and not _Pass.current(ctx).shared(ctx, parameters.values())
         gradients = _record(ctx, module, use, parameters, operation.original_input(input), fused)
@@ -126,6 +169,7 @@ class Observation(NamedTuple):
     positions: list[int]  # of the differentiated tensors among the output's leaves
     form: Callable[..., Use]  # of (observation, args, kwargs, grad_outputs)
     rebuild_inputs: Callable[[tuple[Tensor, ...]], tuple[tuple, dict]]  # saved tensors -> args, kwargs
+    autocast: torch.dtype | None  # autocast's type during the call
 
 
 class ObserverFunction(torch.autograd.Function):
@@ -148,8 +192,11 @@ class ObserverFunction(torch.autograd.Function):
             module_done(module)
         else:
             args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
-            use = observation.form(observation, args, kwargs, grad_outputs)
-            _record(ctx, module, use, observation.parameters, args[0] if args else None, fused=False)
+            wanted = {
+                n: p for n, p in observation.parameters.items() if _asked_for(ctx, _get_grad_fn_or_grad_acc(p), p)
+            }
+            use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
+            _record(ctx, module, use, wanted, args[0] if args else None, fused=False)
         return (None, None, *grad_outputs)
 
 
@@ -161,6 +208,13 @@ def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kw
     leaves, structure = pytree.tree_flatten(output)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if not positions:
+        unknown = {type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor | int | float | str | None)}
+        if unknown and CTX.get_active_exts():
+            warnings.warn(
+                f"no results for the parameters of {type(module).__name__}: its output is of the unknown type "
+                f"{', '.join(sorted(unknown))}; use tensors, tuples, lists and dicts",
+                stacklevel=2,
+            )
         return output
     inputs, input_structure = pytree.tree_flatten((args, kwargs))
     tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
@@ -173,7 +227,9 @@ def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kw
             [next(left) if leaf is ObserverFunction else leaf for leaf in marked], input_structure
         )
 
-    observation = Observation(module, parameters, positions, form, rebuild_inputs)
+    device_type = leaves[positions[0]].device.type
+    autocast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
+    observation = Observation(module, parameters, positions, form, rebuild_inputs, autocast)
     observed = ObserverFunction.apply(observation, tensors, *[leaves[i] for i in positions])
     observed = observed if isinstance(observed, tuple) else (observed,)
     register(observed[0], parameters.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
@@ -30,7 +31,8 @@ class ExtendedForward:
 
     def __call__(self, *args, **kwargs):
         module = self._module()
-        stock = self._previous or type(module).forward.__get__(module)
+        # partial(): torch.compile of torch 2.11 does not trace a bound method that is made here.
+        stock = self._previous or functools.partial(type(module).forward, module)
         return self._rule(module, stock, *args, **kwargs)
 
     def __reduce__(self):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from backpack_cuda import _lib
+from backpack_cuda.autocast import without_autocast
 from backpack_cuda.ops import composite
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.stats import Stats, Want
@@ -33,7 +34,8 @@ def linear_stats(input: Tensor, grad_output: Tensor, weight_want: Want, bias_wan
     if weight_want == Want.BATCH_L2 and input.dim() == 2 and _use_kernel("outer_norm", input, grad_output):
         norms = torch.ops.backpack_cuda.outer_norm(input, grad_output)
         return Stats(batch_l2=norms), composite.bias(grad_output, -1, bias_want)
-    return composite.linear(input, grad_output, weight_want, bias_want)
+    with without_autocast(input.device.type):
+        return composite.linear(input, grad_output, weight_want, bias_want)
 
 
 def conv_stats(
@@ -43,7 +45,8 @@ def conv_stats(
     kernel_size, stride, padding, dilation, groups, transposed, output_padding = geometry
     name = "conv_transpose_grad_stats" if transposed else "conv_grad_stats"
     if not _use_kernel(name, input, grad_output):
-        return composite.conv(geometry, input, grad_output, weight_want, bias_want)
+        with without_autocast(input.device.type):
+            return composite.conv(geometry, input, grad_output, weight_want, bias_want)
     sizes = (kernel_size, stride, padding, output_padding) if transposed else (kernel_size, stride, padding)
     results = getattr(torch.ops.backpack_cuda, name)(
         input, grad_output, *sizes, dilation, groups, int(weight_want), int(bias_want)

@@ -2,6 +2,6 @@
 
 from backpack_cuda.per_sample.base import NoPerSampleGradients, Use
 from backpack_cuda.per_sample.dense import DenseUse, LazyDenseUse, SummedUse
-from backpack_cuda.per_sample.outer import ConvUse, LinearUse
+from backpack_cuda.per_sample.outer import BiasUse, ConvUse, LinearUse
 
-__all__ = ["ConvUse", "DenseUse", "LazyDenseUse", "LinearUse", "NoPerSampleGradients", "SummedUse", "Use"]
+__all__ = ["BiasUse", "ConvUse", "DenseUse", "LazyDenseUse", "LinearUse", "NoPerSampleGradients", "SummedUse", "Use"]

@@ -94,9 +94,8 @@ class SummedUse(Use):
 
 def merge(uses: list[tuple[Use, str]]) -> Use:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
-    name = uses[0][1]
     summed = SummedUse(uses)
-    if not all(isinstance(use, LinearUse) and used == name for use, used in uses):
+    if not all(isinstance(use, LinearUse) and used == "weight" for use, used in uses):
         return summed
 
     def concatenated(tensors: list[Tensor]) -> Tensor:  # [N, *, I] each -> [N, sum of T, I]

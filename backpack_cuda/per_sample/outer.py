@@ -27,6 +27,21 @@ class LinearUse(Use):
         return LinearUse(self.input[samples], self.grad_output[samples])
 
 
+class BiasUse(Use):
+    """A Linear layer of which only the bias is trained: G_n = sum_t grad_output[n, t]."""
+
+    def __init__(self, grad_output: Tensor):
+        self.grad_output = grad_output  # [N, *, O]
+        self.batch_size = grad_output.shape[0]
+        self.dtype = grad_output.dtype
+
+    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+        return {"bias": dispatch.bias_stats(self.grad_output, self.grad_output.dim() - 1, want["bias"])} if want else {}
+
+    def select(self, samples: slice | Tensor) -> "BiasUse":
+        return BiasUse(self.grad_output[samples])
+
+
 class ConvUse(Use):
     """As LinearUse with the patches of the convolution's input (transposed: of its output gradient) as rows."""
 

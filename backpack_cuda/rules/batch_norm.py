@@ -23,7 +23,10 @@ def batch_norm_forward(module: nn.Module, stock_forward: Callable, input: Tensor
         def batch_grads() -> dict[str, Tensor]:
             normalised = F.batch_norm(x, mean, var, training=mixes, eps=module.eps)
             summands = {"weight": grad_output * normalised, "bias": grad_output}  # [N, C, *]
-            return {name: summands[name].flatten(2).sum(2) if x.dim() > 2 else summands[name] for name in parameters}
+            return {
+                name: summands[name].flatten(2).sum(2) if x.dim() > 2 else summands[name]
+                for name in observation.parameters
+            }
 
         return LazyDenseUse(batch_grads, mixes_samples=mixes)
 

@@ -27,6 +27,9 @@ class ConvOperation:
             input, weight, bias, g.stride, g.padding, g.dilation, g.transposed, g.output_padding, g.groups
         )
 
+    def to_save(self, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor, Tensor]:
+        return input, weight
+
     def backward(
         self, grad_output: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
@@ -72,7 +75,7 @@ def _run(module: nn.Module, operation: ConvOperation, input: Tensor) -> Tensor:
 
 def conv_forward(module: nn.Module, stock_forward: Callable, input: Tensor) -> Tensor:
     """The forward of a convolution, prepared for quantities."""
-    if not capturing():
+    if not capturing(input):
         return stock_forward(input)
     if not has_plain_parameters(module):
         return generic_forward(module, stock_forward, input)
@@ -92,7 +95,7 @@ def conv_transpose_forward(
     module: nn.Module, stock_forward: Callable, input: Tensor, output_size: Sequence[int] | None = None
 ) -> Tensor:
     """The forward of a transposed convolution, prepared for quantities."""
-    if not capturing():
+    if not capturing(input):
         return stock_forward(input, output_size)
     if not has_plain_parameters(module):
         return generic_forward(module, stock_forward, input, output_size)

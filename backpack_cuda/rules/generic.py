@@ -1,10 +1,11 @@
 """Every module with parameters that has no rule of its own: its backward, vectorised over the samples.
 
 Right for modules that treat the samples of a batch independently of each other and draw no random numbers; any other
-is recognised by its outputs (those of single samples must be those of the batch): a warning, and no result.
+is recognised (outputs and gradients of single samples must add up to those of the batch): a warning, and no result.
 """
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
     def form(observation: Observation, args: tuple, kwargs: dict, grad_outputs: tuple[Tensor, ...]) -> LazyDenseUse:
         def batch_grads() -> dict[str, Tensor]:
             samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
-            return samples.batch_grads(observation.parameters, grad_outputs)
+            return samples.batch_grads(observation.parameters, grad_outputs, observation.autocast)
 
         return LazyDenseUse(batch_grads)
 
@@ -70,6 +71,20 @@ def _without_fused_recurrence(module: nn.Module):
     finally:
         torch._C._set_mkldnn_enabled(onednn)
         torch._C._set_cudnn_enabled(cudnn)
+
+
+@contextlib.contextmanager
+def _without_saved_tensor_hooks():
+    """Function transforms refuse to run inside hooks like those of torch.autograd.graph.save_on_cpu()."""
+    hooks = []
+    while hook := torch._C._autograd._top_saved_tensors_default_hooks(True):
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        hooks.append(hook)
+    try:
+        yield
+    finally:
+        for hook in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(*hook)
 
 
 class _Bare(nn.Module):
@@ -104,16 +119,22 @@ class _Samples:
         self._bare = _Bare(module, forward)
         self._buffers = {f"module.{name}": buffer for name, buffer in module.named_buffers()}
         self._positions = positions  # of the differentiated tensors among the outputs' leaves
+        batch_dim = 0 if getattr(module, "batch_first", True) else 1
+        dims = None
+        if isinstance(module, nn.MultiheadAttention):
+            bound = inspect.signature(nn.MultiheadAttention.forward).bind(module, *args, **kwargs)
+            args, kwargs = (), {name: value for name, value in bound.arguments.items() if name != "self"}
+            by_name = {"query": batch_dim, "key": batch_dim, "value": batch_dim, "key_padding_mask": 0}
+            dims = [by_name.get(name) if isinstance(value, Tensor) else None for name, value in kwargs.items()]
         self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
         first = next((leaf for leaf in self._leaves if isinstance(leaf, Tensor)), None)
-        self._batch_dim = 0 if getattr(module, "batch_first", True) else 1
-        if first is None or first.dim() <= self._batch_dim:
+        if first is None or first.dim() <= batch_dim:
             raise NoPerSampleGradients(f"{self._name}: per-sample gradients need an input with a batch dimension")
-        self.batch_size = first.shape[self._batch_dim]
-        recurrent = isinstance(module, nn.RNNBase)
+        self.batch_size = first.shape[batch_dim]
+        recurrent = isinstance(module, nn.RNNBase)  # states have the batch in dimension 1
         # The batch dimension of each input leaf; None for what is the same for every sample.
-        self._dims = [
-            self._input_dim(leaf, 1 if recurrent and leaf is not first else self._batch_dim) for leaf in self._leaves
+        self._dims = dims or [
+            self._input_dim(leaf, 1 if recurrent and leaf is not first else batch_dim) for leaf in self._leaves
         ]
 
     def _input_dim(self, leaf, dim: int) -> int | None:
@@ -122,29 +143,45 @@ class _Samples:
         return None
 
     def _call(self, parameters: dict[str, Tensor], leaves: list) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """The differentiated outputs for the given parameters and input leaves; and parameters and buffers after it."""
-        state = {f"module.{name}": tensor for name, tensor in parameters.items()}
-        state.update({name: buffer.clone() for name, buffer in self._buffers.items()})
+        """The differentiated outputs for the given parameters and input leaves; and the buffers afterwards."""
+        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
+        state = {f"module.{name}": tensor for name, tensor in parameters.items()} | buffers
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
         outputs = pytree.tree_leaves(torch.func.functional_call(self._bare, state, args, kwargs))
-        return [outputs[i] for i in self._positions], state
+        return [outputs[i] for i in self._positions], buffers
 
-    def batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """Per-sample gradients [N, *P] of the named parameters."""
-        with _without_fused_recurrence(self._bare):
-            return self._batch_grads(parameters, grad_outputs)
+    def batch_grads(
+        self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...], autocast: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """Per-sample gradients [N, *P] of the named parameters, of a call that ran under `autocast` (None: did not)."""
+        with _without_fused_recurrence(self._bare), _without_saved_tensor_hooks():
+            try:
+                if autocast is None:
+                    return self._batch_grads(parameters, grad_outputs)
+                with torch.autocast(grad_outputs[0].device.type, autocast, cache_enabled=False):
+                    return self._batch_grads(parameters, grad_outputs)
+            except NoPerSampleGradients:
+                raise
+            except Exception as error:  # whatever a module does to inputs that it was not written for
+                reason = str(error).partition("\n")[0]
+                raise NoPerSampleGradients(
+                    f"{self._name}: it could not be run on single samples ({type(error).__name__}: {reason})"
+                ) from error
 
     def _batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        parameters = {n: p if torch.is_grad_enabled() else p.detach() for n, p in parameters.items()}
+        constant = {name: p.detach() for name, p in parameters.items()}
         if self.batch_size == 0:
-            return {name: p.new_zeros(0, *p.shape) for name, p in parameters.items()}
+            return {name: p.new_zeros(0, *p.shape) for name, p in constant.items()}
         with torch.no_grad():
-            outputs, state = self._call(parameters, self._leaves)
-            if not all(torch.equal(state[name], buffer) for name, buffer in self._buffers.items()):
+            outputs, vjp, buffers = torch.func.vjp(lambda p: self._call(p, self._leaves), constant, has_aux=True)
+            if not all(torch.equal(buffers[name], buffer) for name, buffer in self._buffers.items()):
                 raise NoPerSampleGradients(
                     f"{self._name}: its forward changes its buffers, so that the call cannot be repeated"
                 )
-            single, _ = self._call(parameters, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
+            (totals,) = vjp([g.to(o.dtype) for g, o in zip(grad_outputs, outputs, strict=True)])
+            single, _ = self._call(constant, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
+        if not torch.is_grad_enabled():
+            parameters = constant
         out_dims = [self._output_dim(o.shape, s.shape) for o, s in zip(outputs, single, strict=True)]
 
         def backward(samples: list[Tensor], grads: list[Tensor]) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -152,20 +189,31 @@ class _Samples:
             leaves = [leaf if dim is None else next(left).unsqueeze(dim) for leaf, dim in self._batched()]
             found, vjp = torch.func.vjp(lambda p: self._call(p, leaves)[0], parameters)
             (gradients,) = vjp([g.unsqueeze(dim).to(o.dtype) for g, dim, o in zip(grads, out_dims, found, strict=True)])
-            return gradients, found
+            return {name: g.to_dense() if g.is_sparse else g for name, g in gradients.items()}, found
 
         samples = [leaf.movedim(dim, 0) for leaf, dim in self._batched() if dim is not None]
         grads = [g.movedim(dim, 0) for g, dim in zip(grad_outputs, out_dims, strict=True)]
-        try:
-            with warnings.catch_warnings():
+        vectorised = None
+        if not torch.is_grad_enabled():  # some batching rules have wrong second derivatives (that of LayerNorm)
+            with contextlib.suppress(RuntimeError, ValueError), warnings.catch_warnings():  # no batching rule
                 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
-                gradients, found = torch.vmap(backward)(samples, grads)
-        except (RuntimeError, NotImplementedError, ValueError):  # no batching rule: one sample after the other
+                vectorised = torch.vmap(backward)(samples, grads)
+        if vectorised is not None:
+            gradients, found = vectorised
+        else:  # one sample after the other
             results = [backward([s[n] for s in samples], [g[n] for g in grads]) for n in range(self.batch_size)]
             gradients = {name: torch.stack([g[name] for g, _ in results]) for name in parameters}
             found = [torch.stack(tensors) for tensors in zip(*[o for _, o in results], strict=True)]
         for output, sample_outputs, dim in zip(outputs, found, out_dims, strict=True):
-            self._check_same(output, sample_outputs.squeeze(dim + 1).movedim(0, dim).detach())
+            scale = output.abs().max() if output.numel() else output.new_zeros(())
+            self._check_same(output, sample_outputs.squeeze(dim + 1).movedim(0, dim).detach(), scale)
+        # Gradients may cancel within a sample, down to the rounding of what was summed.
+        rounding = sum(16 * torch.finfo(g.dtype).eps * g.detach().abs().sum() for g in grad_outputs)
+        for name, total in totals.items():
+            rows = gradients[name].detach()
+            total = total.to_dense() if total.is_sparse else total
+            scale = rows.abs().sum(0).max() if total.numel() else rows.new_zeros(())
+            self._check_same(total, rows.sum(0), scale + rounding / _SAME[total.dtype])
         return gradients
 
     def _batched(self):
@@ -186,11 +234,9 @@ class _Samples:
             f"{self.batch_size} and {list(single)} for one sample"
         )
 
-    def _check_same(self, whole: Tensor, samples: Tensor) -> None:
-        scale = whole.abs().amax().item() if whole.numel() else 0.0
-        difference = (whole - samples).abs().nan_to_num(0.0).amax().item() if whole.numel() else 0.0
-        if difference > _SAME[whole.dtype] * scale:
+    def _check_same(self, whole: Tensor, samples: Tensor, scale: Tensor) -> None:
+        if whole.numel() and (whole - samples).abs().nan_to_num(0.0).max() > _SAME[whole.dtype] * scale.nan_to_num(0.0):
             raise NoPerSampleGradients(
-                f"{self._name}: its output for a batch is not that of its samples one by one: it mixes the samples or "
-                "draws random numbers, so that per-sample gradients do not exist or cannot be formed again"
+                f"{self._name}: its output or gradient for a batch is not that of its samples one by one: it mixes the "
+                "samples or draws random numbers, so that per-sample gradients do not exist or cannot be formed again"
             )

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from backpack_cuda.capture import LayerFunction, LayerOperation, autocast_enabled, register
+from backpack_cuda.autocast import autocast_enabled
+from backpack_cuda.capture import LayerFunction, LayerOperation, register
 
 
 def has_plain_parameters(module: nn.Module) -> bool:

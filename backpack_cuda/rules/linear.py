@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_cuda.capture import capturing
-from backpack_cuda.per_sample import LinearUse
+from backpack_cuda.per_sample import BiasUse, LinearUse, Use
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.layer import has_plain_parameters, run_layer
 
@@ -17,21 +17,24 @@ class LinearOperation:
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 
+    def to_save(self, input: Tensor, weight: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+        return input if needs[1] else None, weight if needs[0] else None
+
     def backward(
-        self, grad_output: Tensor, input: Tensor, weight: Tensor, needs: Sequence[bool]
+        self, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         needs_input, needs_weight, needs_bias = needs
-        rows = grad_output.reshape(-1, weight.shape[0]) if needs_weight or needs_bias else None  # [N * T, O]
+        rows = grad_output.reshape(-1, grad_output.shape[-1]) if needs_weight or needs_bias else None  # [N * T, O]
         return (
             grad_output @ weight if needs_input else None,
-            rows.t() @ input.reshape(-1, weight.shape[1]) if needs_weight else None,
+            rows.t() @ input.reshape(-1, input.shape[-1]) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
 
-    def use(self, input: Tensor, grad_output: Tensor) -> LinearUse:
-        return LinearUse(input, grad_output)
+    def use(self, input: Tensor | None, grad_output: Tensor) -> Use:
+        return BiasUse(grad_output) if input is None else LinearUse(input, grad_output)
 
-    def original_input(self, input: Tensor) -> Tensor:
+    def original_input(self, input: Tensor | None) -> Tensor | None:
         return input
 
 
@@ -40,7 +43,7 @@ _OPERATION = LinearOperation()
 
 def linear_forward(module: nn.Linear, stock_forward: Callable, input: Tensor) -> Tensor:
     """`module`'s forward, prepared for quantities; an input without batch dimension is a batch of one."""
-    if not capturing():
+    if not capturing(input):
         return stock_forward(input)
     if not has_plain_parameters(module):
         return generic_forward(module, stock_forward, input)

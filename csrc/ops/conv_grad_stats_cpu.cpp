@@ -55,7 +55,7 @@ TenStats conv_stats(const Tensor& input, const Tensor& grad_output, const std::v
     const int64_t reach = dilation[d] * (kernel_size[d] - 1) + 1, in = input.size(2 + d);
     const int64_t room = in + 2 * padding[d] - reach;
     const int64_t out = output_padding ? (in - 1) * stride[d] - 2 * padding[d] + reach + (*output_padding)[d]
-                        : room < 0     ? -1
+                        : room < 0     ? (room >= -stride[d] ? 0 : -1)
                                        : room / stride[d] + 1;
     STD_TORCH_CHECK(grad_output.size(2 + d) == out, "grad_output ", shape_text(grad_output),
                     " must have size ", out, " in spatial dim ", d, " for input ", shape_text(input));
