@@ -161,6 +161,10 @@ class LayerFunction(torch.autograd.Function):
         )
 
 
+# Function.apply() without its preparations for function transforms, under which LayerFunction never runs.
+apply_layer = super(torch.autograd.Function, LayerFunction).apply
+
+
 class Observation(NamedTuple):
     """A module's call whose output gradients are asked for: what is needed to form its per-sample gradients later."""
 
@@ -242,26 +246,39 @@ def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kw
 # Which nodes of live graphs use a parameter
 # ---------------------------------------------------------------------------------------------------------------------
 
-_nodes: dict[int, list[weakref.ref]] = {}  # id of a parameter -> its nodes
+
+class _Reference(weakref.ref):
+    """A weak reference to a node; `key` is the id of the parameter that the node uses."""
+
+    __slots__ = ("key",)
 
 
-def register(output: Tensor, parameters) -> None:
+_nodes: dict[int, list[_Reference]] = {}  # id of a parameter -> its nodes
+
+
+def _forget(reference: _Reference) -> None:
+    references = _nodes.get(reference.key)
+    if references is not None:
+        references.remove(reference)
+        if not references:
+            del _nodes[reference.key]
+
+
+def register(output: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """Notes that the graph node which formed `output` uses `parameters`."""
     node = output.grad_fn
-    task = torch._C._current_graph_task_id()
-    if task != -1 and CTX.get_active_exts():  # a forward inside a backward pass: activation checkpointing
-        node.outer_pass = _Pass.of_task(task)
+    if CTX.get_active_exts():
+        task = torch._C._current_graph_task_id()
+        if task != -1:  # a forward inside a backward pass: activation checkpointing
+            node.outer_pass = _Pass.of_task(task)
     for parameter in parameters:
-        key = id(parameter)
-
-        def forget(reference, key=key):
-            references = _nodes.get(key)
-            if references is not None:
-                references.remove(reference)
-                if not references:
-                    del _nodes[key]
-
-        _nodes.setdefault(key, []).append(weakref.ref(node, forget))
+        reference = _Reference(node, _forget)
+        reference.key = key = id(parameter)
+        references = _nodes.get(key)
+        if references is None:
+            _nodes[key] = [reference]
+        else:
+            references.append(reference)
 
 
 class _Pending:
@@ -370,7 +387,7 @@ def _warning_if_impossible(parameters: Iterable[nn.Parameter]):
         warnings.warn(f"no {names} for the parameters of {reason}", stacklevel=3)
 
 
-def _form(use: Use, parameters: dict[str, nn.Parameter], also: Want) -> dict[str, Stats]:
+def _form(use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str, Stats]:
     """Forms what the active extensions want of `parameters`, plus the statistics `also`, and saves the results."""
     extensions = CTX.get_active_exts()
     shared = [ext for ext in extensions if ext.get_subsampling() is None]

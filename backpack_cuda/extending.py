@@ -14,6 +14,7 @@ from backpack_cuda.context import disable
 from backpack_cuda.rules import forward_for
 from backpack_cuda.rules.generic import owned_parameters
 
+_ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters
 _OWN_LAYERS = tuple(getattr(layers, name) for name in layers.__all__)
 
 
@@ -91,7 +92,10 @@ def _announce(module: nn.Module, inputs: tuple, output) -> None:
         return
     node = getattr(output, "grad_fn", None)
     if node is not None:
-        node.register_prehook(_Announcement(module))
+        announcement = module.__dict__.get(_ANNOUNCEMENT)
+        if announcement is None:
+            announcement = module.__dict__[_ANNOUNCEMENT] = _Announcement(module)
+        node.register_prehook(announcement)
 
 
 class _Announcement:
@@ -99,6 +103,9 @@ class _Announcement:
 
     def __init__(self, module: nn.Module):
         self._module = weakref.ref(module)
+
+    def __reduce__(self):
+        return _Announcement, (self._module(),)
 
     def __call__(self, grad_outputs) -> None:
         module = self._module()

@@ -1,7 +1,6 @@
 """What can be asked of a layer's per-sample gradients, and the answer."""
 
 from collections.abc import Iterable
-from enum import IntFlag
 from math import prod
 from typing import NamedTuple
 
@@ -9,8 +8,11 @@ import torch
 from torch import Tensor
 
 
-class Want(IntFlag):
-    """Statistics of the per-sample gradients G_n; the values are those of csrc/ops/want.h."""
+class Want:
+    """Statistics of the per-sample gradients G_n; the values are those of csrc/ops/grad_stats.h.
+
+    Plain integers: an enum.IntFlag takes microseconds per operation, in every layer of every step.
+    """
 
     NOTHING = 0
     GRAD = 1
@@ -30,9 +32,16 @@ class Stats(NamedTuple):
     sum_grad_centered_squared: Tensor | None = None  # [*P]     sum_n (G_n[p] - mean_n G_n[p])^2
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor], want: Want) -> "Stats":
+    def of(cls, tensors: Iterable[Tensor], want: int) -> "Stats":
         """From an operator's five results, in the order of the fields; the unwanted ones are dropped."""
-        return cls(*(t if want & flag else None for t, flag in zip(tensors, list(Want)[-5:], strict=True)))
+        grad, batch_grad, batch_l2, sum_grad_squared, sum_grad_centered_squared = tensors
+        return cls(
+            grad if want & Want.GRAD else None,
+            batch_grad if want & Want.BATCH_GRAD else None,
+            batch_l2 if want & Want.BATCH_L2 else None,
+            sum_grad_squared if want & Want.SUM_GRAD_SQUARED else None,
+            sum_grad_centered_squared if want & Want.SUM_GRAD_CENTERED_SQUARED else None,
+        )
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -40,7 +49,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def stats_of_chunks(chunks: Iterable[Tensor], want: Want, dtype: torch.dtype) -> Stats:
+def stats_of_chunks(chunks: Iterable[Tensor], want: int, dtype: torch.dtype) -> Stats:
     """Statistics of materialised per-sample gradients, by differentiable torch operations.
 
     Args:

@@ -17,7 +17,7 @@ from backpack_cuda.stats import Stats, Want
 class FirstOrderExtension(BackpropExtension):
     """A quantity that follows from statistics of the per-sample gradients; `want` names the statistics."""
 
-    want: Want
+    want: int  # flags of `Want`
 
     @abstractmethod
     def quantity(self, stats: Stats, batch_size: int) -> Tensor:

@@ -9,11 +9,16 @@ from torch import Tensor
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.stats import Want
 
-WANTS = {flag.name.lower(): flag for flag in (Want.GRAD, Want.BATCH_GRAD, Want.BATCH_L2, Want.SUM_GRAD_SQUARED)}
+WANTS = {
+    "grad": Want.GRAD,
+    "batch_grad": Want.BATCH_GRAD,
+    "batch_l2": Want.BATCH_L2,
+    "sum_grad_squared": Want.SUM_GRAD_SQUARED,
+}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def want(names: str | Iterable[str]) -> Want:
+def want(names: str | Iterable[str]) -> int:
     """The flags of a non-empty collection of statistics' names (or of one name)."""
     known = ", ".join(map(repr, WANTS))
     if isinstance(names, str):

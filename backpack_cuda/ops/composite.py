@@ -24,12 +24,12 @@ def _sample_chunks(batch_size: int, elements_per_sample: int, whole: bool) -> It
         yield slice(begin, begin + step)
 
 
-def _stats(rows: Callable[[slice], Tensor], batch_size: int, elements: int, want: Want, dtype: torch.dtype) -> Stats:
+def _stats(rows: Callable[[slice], Tensor], batch_size: int, elements: int, want: int, dtype: torch.dtype) -> Stats:
     chunks = _sample_chunks(batch_size, elements, whole=torch.is_grad_enabled())
     return stats_of_chunks((rows(chunk) for chunk in chunks), want, dtype)
 
 
-def linear(input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want) -> tuple[Stats, Stats]:
+def linear(input: Tensor, grad_output: Tensor, weight_want: int, bias_want: int) -> tuple[Stats, Stats]:
     """Statistics of a Linear layer's weight and bias; input [N, *, I], grad_output [N, *, O]."""
     n, i, o = input.shape[0], input.shape[-1], grad_output.shape[-1]
     t = prod(input.shape[1:-1])
@@ -49,7 +49,7 @@ def outer_norm(input: Tensor, grad_output: Tensor) -> Tensor:
     return input.to(dtype).square().sum(1) * grad_output.to(dtype).square().sum(1)
 
 
-def bias(grad_output: Tensor, channel_dim: int, want: Want) -> Stats:
+def bias(grad_output: Tensor, channel_dim: int, want: int) -> Stats:
     """Statistics of an additive bias along `channel_dim` of grad_output [N, ...]."""
     if not want:
         return Stats()
@@ -74,7 +74,7 @@ def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -
 
 
 def conv(
-    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want
+    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
 ) -> tuple[Stats, Stats]:
     """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *].
 

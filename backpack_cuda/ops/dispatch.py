@@ -22,14 +22,14 @@ def _use_kernel(operator: str, *operands: Tensor) -> bool:
     return _lib.has_kernel(operator, operands[0].device.type)
 
 
-def _pair(results: tuple[Tensor, ...], weight_want: Want, bias_want: Want) -> tuple[Stats, Stats]:
+def _pair(results: tuple[Tensor, ...], weight_want: int, bias_want: int) -> tuple[Stats, Stats]:
     return Stats.of(results[:5], weight_want), Stats.of(results[5:], bias_want)
 
 
-def linear_stats(input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want) -> tuple[Stats, Stats]:
+def linear_stats(input: Tensor, grad_output: Tensor, weight_want: int, bias_want: int) -> tuple[Stats, Stats]:
     """Statistics of a Linear layer's weight and bias; input [N, *, I], grad_output [N, *, O]."""
     if _use_kernel("linear_grad_stats", input, grad_output):
-        results = torch.ops.backpack_cuda.linear_grad_stats(input, grad_output, int(weight_want), int(bias_want))
+        results = torch.ops.backpack_cuda.linear_grad_stats(input, grad_output, weight_want, bias_want)
         return _pair(results, weight_want, bias_want)
     if weight_want == Want.BATCH_L2 and input.dim() == 2 and _use_kernel("outer_norm", input, grad_output):
         norms = torch.ops.backpack_cuda.outer_norm(input, grad_output)
@@ -39,7 +39,7 @@ def linear_stats(input: Tensor, grad_output: Tensor, weight_want: Want, bias_wan
 
 
 def conv_stats(
-    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: Want, bias_want: Want
+    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
 ) -> tuple[Stats, Stats]:
     """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *]."""
     kernel_size, stride, padding, dilation, groups, transposed, output_padding = geometry
@@ -49,15 +49,15 @@ def conv_stats(
             return composite.conv(geometry, input, grad_output, weight_want, bias_want)
     sizes = (kernel_size, stride, padding, output_padding) if transposed else (kernel_size, stride, padding)
     results = getattr(torch.ops.backpack_cuda, name)(
-        input, grad_output, *sizes, dilation, groups, int(weight_want), int(bias_want)
+        input, grad_output, *sizes, dilation, groups, weight_want, bias_want
     )
     return _pair(results, weight_want, bias_want)
 
 
-def bias_stats(grad_output: Tensor, channel_dim: int, want: Want) -> Stats:
+def bias_stats(grad_output: Tensor, channel_dim: int, want: int) -> Stats:
     """Statistics of an additive bias along `channel_dim` of grad_output [N, ...]."""
     if _use_kernel("bias_grad_stats", grad_output):
-        return Stats.of(torch.ops.backpack_cuda.bias_grad_stats(grad_output, channel_dim, int(want)), want)
+        return Stats.of(torch.ops.backpack_cuda.bias_grad_stats(grad_output, channel_dim, want), want)
     return composite.bias(grad_output, channel_dim, want)
 
 

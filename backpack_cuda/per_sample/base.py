@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from backpack_cuda.stats import Stats, Want
+from backpack_cuda.stats import Stats
 
 
 class NoPerSampleGradients(Exception):
@@ -27,7 +27,7 @@ class Use(ABC):
     mixes_samples = False
 
     @abstractmethod
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         """Statistics of each named parameter. Differentiable under grad mode. May raise NoPerSampleGradients."""
 
     @abstractmethod

@@ -24,7 +24,7 @@ class DenseUse(Use):
         self.dtype = first.dtype
         self.mixes_samples = mixes_samples
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         result = {}
         for name, flags in want.items():
             rows = self.batch_grads[name]
@@ -54,7 +54,7 @@ class LazyDenseUse(Use):
     def dtype(self) -> torch.dtype:
         return self._dense.dtype
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         return self._dense.stats(want)
 
     def select(self, samples: slice | Tensor) -> DenseUse:
@@ -80,7 +80,7 @@ class SummedUse(Use):
         rows = [use.select(samples).stats({name: Want.BATCH_GRAD})[name].batch_grad for use, name in self._uses]
         return torch.stack([r.to(statistics_dtype(r.dtype)) for r in rows]).sum(0)
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         ((name, flags),) = want.items()
         n = max(self.batch_size, 1)
         elements = self._rows(slice(0, 1)).numel()

@@ -17,7 +17,7 @@ class LinearUse(Use):
         self.batch_size = input.shape[0]
         self.dtype = input.dtype
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         pair = dispatch.linear_stats(
             self.input, self.grad_output, want.get("weight", Want.NOTHING), want.get("bias", Want.NOTHING)
         )
@@ -35,7 +35,7 @@ class BiasUse(Use):
         self.batch_size = grad_output.shape[0]
         self.dtype = grad_output.dtype
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         return {"bias": dispatch.bias_stats(self.grad_output, self.grad_output.dim() - 1, want["bias"])} if want else {}
 
     def select(self, samples: slice | Tensor) -> "BiasUse":
@@ -52,7 +52,7 @@ class ConvUse(Use):
         self.batch_size = input.shape[0]
         self.dtype = input.dtype
 
-    def stats(self, want: dict[str, Want]) -> dict[str, Stats]:
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         pair = dispatch.conv_stats(
             self.geometry,
             self.input,

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from backpack_cuda.autocast import autocast_enabled
-from backpack_cuda.capture import LayerFunction, LayerOperation, register
+from backpack_cuda.capture import LayerOperation, apply_layer, register
 
 
 def has_plain_parameters(module: nn.Module) -> bool:
@@ -14,7 +13,7 @@ def has_plain_parameters(module: nn.Module) -> bool:
     return (
         own.get("weight") is not None
         and (own.get("bias") is not None or getattr(module, "bias", None) is None)
-        and not parametrize.is_parametrized(module)
+        and "parametrizations" not in module._modules
     )
 
 
@@ -25,7 +24,7 @@ def run_layer(module: nn.Module, operation: LayerOperation, input: Tensor) -> Te
     if autocast_enabled(input.device.type):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, weight, bias = (_autocast(t, dtype) for t in (input, weight, bias))
-    output = LayerFunction.apply(input, weight, bias, module, operation)
+    output = apply_layer(input, weight, bias, module, operation)
     if used:
         register(output, used)
     return output

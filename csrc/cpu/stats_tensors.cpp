@@ -4,6 +4,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "cpu/result_pool.h"
 #include "cpu/workspace.h"
 
 namespace backpack_cuda::cpu {
@@ -11,7 +12,7 @@ namespace {
 
 Tensor result(const Tensor& like, bool wanted, const std::vector<int64_t>& shape, ScalarType dtype) {
   const std::vector<int64_t> none{0};
-  Tensor tensor = torch::stable::new_empty(like, wanted ? shape : none, dtype);
+  Tensor tensor = pooled_empty(like, wanted ? shape : none, dtype);
   advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
@@ -30,7 +31,8 @@ void convert(const float* from, int64_t count, void* to, int64_t to_offset) {
 }  // namespace
 
 StatsTensors::StatsTensors(const Tensor& like, const std::vector<int64_t>& shape, int64_t N, int64_t want)
-    : grad(result(like, want & kGrad, shape, like.scalar_type())),
+    : grad(
+          torch::stable::new_empty(like, want & kGrad ? shape : std::vector<int64_t>{0}, like.scalar_type())),
       batch_grad(result(like, want & kBatchGrad, with_batch(N, shape), like.scalar_type())),
       batch_l2(result(like, want & kBatchL2, {N}, statistics_dtype(like))),
       sum_grad_squared(result(like, want & kSumGradSquared, shape, statistics_dtype(like))),
