@@ -147,8 +147,9 @@ class LayerFunction(torch.autograd.Function):
                 if need and _asked_for(ctx, ctx.next_functions[edge][0], parameter):
                     parameters[name] = parameter
         # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
-        fused = not torch.is_grad_enabled() and not _Pass.current(ctx).shared(ctx, parameters.values())
-        gradients = _record(ctx, module, use, parameters, operation.original_input(input), fused)
+        state = _Pass.current(ctx)
+        fused = not torch.is_grad_enabled() and not state.shared(ctx, parameters.values())
+        gradients = _record(state, ctx, module, use, parameters, operation.original_input(input), fused)
         grad_weight, grad_bias = gradients.get("weight"), gradients.get("bias")
         missing = (needs_input, needs_weight and grad_weight is None, needs_bias and grad_bias is None)
         grad_input, stock_weight, stock_bias = operation.backward(grad_output, input, weight, missing)
@@ -200,7 +201,7 @@ class ObserverFunction(torch.autograd.Function):
                 n: p for n, p in observation.parameters.items() if _asked_for(ctx, _get_grad_fn_or_grad_acc(p), p)
             }
             use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
-            _record(ctx, module, use, wanted, args[0] if args else None, fused=False)
+            _record(_Pass.current(ctx), ctx, module, use, wanted, args[0] if args else None, fused=False)
         return (None, None, *grad_outputs)
 
 
@@ -413,11 +414,16 @@ def _form(use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str,
 
 
 def _record(
-    node, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter], input: Tensor | None, fused: bool
+    state: _Pass,
+    node,
+    module: nn.Module,
+    use: Use,
+    parameters: dict[str, nn.Parameter],
+    input: Tensor | None,
+    fused: bool,
 ) -> dict[str, Tensor]:
-    """Forms or queues the results of `parameters`; returns their gradients where `fused`."""
+    """Forms or queues the results of `parameters`; returns their gradients where `fused` (none has further uses)."""
     gradients = {}
-    state = _Pass.current(node)
     if use.mixes_samples and parameters:
         _check_mixing(module)
     single = {}
@@ -429,8 +435,8 @@ def _record(
                 "whose uses cannot be brought together; call torch.utils.checkpoint.checkpoint with use_reentrant=False"
             )
         if key not in state.pending:
-            expected = state.expected(node, parameter)
-            if len(expected) == 1:
+            expected = () if fused else state.expected(node, parameter)
+            if len(expected) < 2:
                 single[name] = parameter
                 continue
             state.pending[key] = _Pending(parameter, expected)
@@ -439,16 +445,20 @@ def _record(
         pending.expected.discard(id(node))
         if not pending.expected:
             state.finish_pending(key)
-    if single:
+    if fused and single:
+        stats = _form(use, single, Want.GRAD)
+        gradients = {name: stats[name].grad for name in single}
+    elif single:
         with _warning_if_impossible(single.values()):
-            stats = _form(use, single, Want.GRAD if fused else Want.NOTHING)
-            if fused:
-                gradients = {name: stats[name].grad for name in single}
-        state.finished.update(map(id, single.values()))
+            _form(use, single, Want.NOTHING)
+    state.finished.update(map(id, single.values()))
     # A module used several times has its hook called once, after its last use.
     state.waiting = [entry for entry in state.waiting if entry[0] is not module]
-    state.waiting.append((module, {id(p) for p in parameters.values()}, input))
-    state.run_hooks()
+    if len(single) == len(parameters) and not state.waiting:
+        module_done(module, input)
+    else:
+        state.waiting.append((module, {id(p) for p in parameters.values()}, input))
+        state.run_hooks()
     return gradients
 
 
