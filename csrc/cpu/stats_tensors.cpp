@@ -44,6 +44,17 @@ void StatsTensors::fill_zero() {
     torch::stable::zero_(*tensor);
 }
 
+bool zero_if_empty(const Tensor& input, const Tensor& grad_output, StatsTensors& weight, StatsTensors& bias,
+                   int64_t& weight_want) {
+  const bool no_bias = grad_output.numel() == 0, no_weight = no_bias || input.numel() == 0;
+  if (no_bias) bias.fill_zero();
+  if (no_weight) {
+    weight.fill_zero();
+    weight_want = 0;
+  }
+  return no_bias;
+}
+
 FiveStats as_tuple(const StatsTensors& p) {
   return {p.grad, p.batch_grad, p.batch_l2, p.sum_grad_squared, p.sum_grad_centered_squared};
 }

@@ -22,6 +22,11 @@ struct StatsTensors {
   void fill_zero();
 };
 
+// Operands without elements: fills what follows from them with zeros and takes it out of `weight_want`.
+// Returns whether nothing is left to compute.
+bool zero_if_empty(const Tensor& input, const Tensor& grad_output, StatsTensors& weight, StatsTensors& bias,
+                   int64_t& weight_want);
+
 using FiveStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using TenStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 FiveStats as_tuple(const StatsTensors& parameter);

@@ -66,12 +66,7 @@ TenStats conv_stats(const Tensor& input, const Tensor& grad_output, const std::v
   std::vector<int64_t> shape{pixels.size(1), image.size(1) / groups};
   shape.insert(shape.end(), kernel_size.begin(), kernel_size.end());
   StatsTensors weight(input, shape, N, weight_want), bias(grad_output, {O}, N, bias_want);
-  if (grad_output.numel() == 0) bias.fill_zero();
-  if (input.numel() == 0 || grad_output.numel() == 0) {
-    weight.fill_zero();
-    weight_want = 0;
-  }
-  if (grad_output.numel() == 0) return as_tuple(weight, bias);
+  if (zero_if_empty(input, grad_output, weight, bias, weight_want)) return as_tuple(weight, bias);
   if (input.scalar_type() == ScalarType::Double)
     compute<double>(image, pixels, grad_output, geometry, weight_want, bias_want, weight, bias);
   else

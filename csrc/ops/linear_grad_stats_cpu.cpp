@@ -381,12 +381,7 @@ TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64
                     "input and grad_output must agree in all dims but the last, got ", shape_text(input),
                     " and ", shape_text(grad_output));
   StatsTensors weight(input, {O, I}, N, weight_want), bias(grad_output, {O}, N, bias_want);
-  if (grad_output.numel() == 0) bias.fill_zero();
-  if (input.numel() == 0 || grad_output.numel() == 0) {
-    weight.fill_zero();
-    weight_want = 0;
-  }
-  if (grad_output.numel() == 0) return as_tuple(weight, bias);
+  if (zero_if_empty(input, grad_output, weight, bias, weight_want)) return as_tuple(weight, bias);
   if (input.scalar_type() == ScalarType::Double)
     Linear<double>(input, grad_output, weight_want, bias_want, weight, bias).compute();
   else
