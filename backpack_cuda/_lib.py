@@ -36,6 +36,21 @@ def operators():
     return torch.ops.backpack_cuda
 
 
+def require(operator: str, device_type: str) -> None:
+    """Checks that `operator` can serve tensors on `device_type`.
+
+    Raises:
+        RuntimeError: the library is missing or does not load, or was built without the CUDA kernels that are needed.
+    """
+    operators()
+    if device_type == "cuda" and not has_kernel(operator, device_type):
+        raise RuntimeError(
+            f"{operator}: this build of backpack_cuda has no CUDA kernels, so that CUDA tensors need another one, with "
+            "nvcc on PATH or named by CUDACXX: `pip install --no-build-isolation .` in the source tree, or `make "
+            "build` (BACKPACK_CUDA_WITH_CUDA=ON makes a build without nvcc fail)."
+        )
+
+
 @cache
 def has_kernel(operator: str, device_type: str) -> bool:
     """Whether `operator` has a kernel for tensors on `device_type` ("cpu", "cuda", ...)."""

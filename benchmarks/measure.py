@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import CASES
-from peers import LIBRARIES, QUANTITIES, Peer
+from models import EVERY_CASE
+from peers import EVERY_LIBRARY, QUANTITIES, Peer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -38,6 +38,8 @@ class Options:
     threads: int = 2
     device: str = "cpu"
     seed: int = 0  # of the order of the cells
+    precision: str = "highest"  # of float32 matrix products, as torch.set_float32_matmul_precision has it
+    memory: bool = False  # time_model also measures the peak memory of each step (on a GPU)
 
 
 def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -58,6 +60,9 @@ def prepare_process(options: Options) -> None:
     """Settings of a measuring process."""
     gc.freeze()  # collections need not look at everything that was imported
     torch.set_num_threads(options.threads)
+    torch.set_float32_matmul_precision(options.precision)
+    if options.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = options.precision != "highest"
     warnings.simplefilter("ignore")  # BackPACK and Opacus warn of their hooks, and of layers without a rule
 
 
@@ -104,9 +109,9 @@ def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) 
     Returns: {"plain": {...}, "cells": [{"library", "quantity", "milliseconds", "ratio", ...}, ...]}
     """
     prepare_process(options)
-    model, inputs, labels = CASES[model_name].make(options.device)
+    model, inputs, labels = EVERY_CASE[model_name].make(options.device)
     plain = Peer(model)
-    peers = {library: LIBRARIES[library](model) for library in dict(cells)}
+    peers = {library: EVERY_LIBRARY[library](model) for library in dict(cells)}
 
     def timed(peer: Peer, quantity: str, warm_steps: int) -> float:
         for _ in range(warm_steps):
@@ -145,6 +150,14 @@ def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) 
             warm_steps = 0 if cell in slow else options.warm_steps
             cell_seconds[cell].append(timed(peers[library], quantity, warm_steps))
     gc.enable()
+
+    if options.memory:
+        plain_rise = rise_during(lambda: plain.step("none", inputs, labels), options.device)
+        plain.drop()
+        for library, quantity in cells:
+            rise = rise_during(lambda p=peers[library], q=quantity: p.step(q, inputs, labels), options.device)
+            checks[library, quantity]["extra_bytes"] = rise - plain_rise
+            peers[library].drop()
 
     return {
         "plain": summary(plain_seconds, plain_seconds),
@@ -239,7 +252,7 @@ def measure_memory(model_name: str, library: str, quantity: str, options: Option
     prepare_process(options)
     # Blocks from 64 KiB go back to the system when they are freed: resident is what is alive, not what once was.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    model, inputs, labels = CASES[model_name].make(options.device)
+    model, inputs, labels = EVERY_CASE[model_name].make(options.device)
 
     def measure(peer: Peer, quantity: str) -> tuple[int, int, int]:
         peer.step(quantity, inputs[:2], labels[:2])  # loads code
@@ -260,5 +273,5 @@ def measure_memory(model_name: str, library: str, quantity: str, options: Option
         return statistics.median(rises), kept, result_bytes
 
     plain_rise, _, _ = measure(Peer(model), "none")
-    rise, kept, result_bytes = measure(LIBRARIES[library](model), quantity)
+    rise, kept, result_bytes = measure(EVERY_LIBRARY[library](model), quantity)
     return {"extra_bytes": rise + kept - plain_rise, "kept_bytes": kept, "result_bytes": result_bytes}

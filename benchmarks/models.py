@@ -89,9 +89,68 @@ class Encoder(nn.Module):
         return self.classify(self.layers(x).mean(1))
 
 
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015), with group norm: samples stay independent."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.norm1 = nn.GroupNorm(min(32, outputs), outputs)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.norm2 = nn.GroupNorm(min(32, outputs), outputs)
+        self.shortcut = nn.Identity()
+        if stride > 1 or inputs != outputs:
+            self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+        self.relu2 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] -> [N, outputs, H / stride, W / stride]."""
+        y = self.norm2(self.conv2(self.relu1(self.norm1(self.conv1(x)))))
+        return self.relu2(y + self.shortcut(x))
+
+
+def resnet18(width: int = 64) -> nn.Module:
+    """ResNet-18 for 224 x 224 images."""
+    blocks, channels = [], width
+    for stage in range(4):
+        for block in range(2):
+            blocks.append(ResidualBlock(channels, width << stage, 2 if stage and not block else 1))
+            channels = width << stage
+    return nn.Sequential(
+        *(nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.GroupNorm(min(32, width), width), nn.ReLU()),
+        *(nn.MaxPool2d(3, 2, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)),
+    )
+
+
+class Block(nn.Module):
+    """One transformer block and a classifier on the mean over positions."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.block = EncoderLayer(width, heads)
+        self.classify = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, T, width] -> [N, CLASSES]."""
+        return self.classify(self.block(x).mean(1))
+
+
 CASES = {
     "mlp": Case("784-512-512-10, N = 128", mlp, (128, 784)),
     "3c3d": Case("DeepOBS 3c3d on CIFAR-10 shapes, N = 64", net_3c3d, (64, 3, 32, 32)),
     "seq": Case("Linear 128-512-128 on [16, 64, 128], then a classifier", seq, (16, 64, 128)),
     "encoder": Case("2-layer transformer encoder, d = 256, T = 128, N = 16", Encoder, (16, 128, 256)),
 }
+# Whole steps of gpu_report.py.
+GPU_CASES = {
+    "3c3d-large": Case("DeepOBS 3c3d on CIFAR-10 shapes, N = 256", net_3c3d, (256, 3, 32, 32)),
+    "resnet18": Case("ResNet-18 with group norm on 224 x 224 images, N = 32", resnet18, (32, 3, 224, 224)),
+    "gpt2-block": Case("a block of GPT-2 small, T = 1024, N = 8", lambda: Block(768, 12), (8, 1024, 768)),
+}
+SMALL_GPU_CASES = {  # for a dry run on a CPU
+    "3c3d-small": Case("3c3d, N = 2", net_3c3d, (2, 3, 32, 32)),
+    "resnet18-small": Case("a narrow ResNet-18 on 32 x 32 images, N = 2", lambda: resnet18(4), (2, 3, 32, 32)),
+    "gpt2-block-small": Case("a narrow transformer block, N = 2", lambda: Block(32, 4), (2, 8, 32)),
+}
+EVERY_CASE = CASES | GPU_CASES | SMALL_GPU_CASES

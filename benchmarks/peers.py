@@ -152,9 +152,40 @@ class Opacus(Peer):
                 p.grad = p.grad_sample = p._norm_sample = None
 
 
+class TorchFunc(Peer):
+    """Per-sample gradients by torch.func: vmap over the gradient of one sample's loss."""
+
+    title = "torch.func"
+    quantities = ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance", "together")
+
+    def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        parameters = {name: p.detach() for name, p in self.model.named_parameters()}
+
+        def sample_loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            outputs = torch.func.functional_call(self.model, parameters, (x[None],))
+            return cross_entropy(outputs, y[None]) / len(labels)
+
+        gradients = torch.func.vmap(torch.func.grad(sample_loss), in_dims=(None, 0, 0))(parameters, inputs, labels)
+        for name, p in self.model.named_parameters():
+            rows = gradients[name]
+            p.grad = rows.sum(0)
+            for extension in QUANTITIES[quantity]:
+                setattr(p, RESULTS[extension], self.statistic(extension, rows))
+
+    @staticmethod
+    def statistic(extension: str, rows: Tensor) -> Tensor:
+        """What `extension` gives, of per-sample gradients [N, *P]."""
+        if extension == "BatchGrad":
+            return rows
+        if extension == "BatchL2Grad":
+            return rows.flatten(1).square().sum(1)
+        return rows.square().sum(0) if extension == "SumGradSquared" else rows.var(0, correction=0)
+
+
 LIBRARIES = {
     "backpack_cuda": BackpackCuda,
     "backpack": Backpack,
     "backpack_opt_einsum": BackpackOptEinsum,
     "opacus": Opacus,
 }
+EVERY_LIBRARY = LIBRARIES | {"torch_func": TorchFunc}  # with that of gpu_report.py

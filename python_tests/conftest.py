@@ -2,15 +2,29 @@
 
 import pytest
 import torch
-from hypothesis import settings
-
-settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
-settings.load_profile("deterministic")
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="torch device the tests run on: cpu (default) or cuda")
+    parser.addoption("--cuda-on-cpu", action="store_true", help="run the CUDA kernels, on the CPU (csrc/harness)")
     parser.addoption("--update-readme", action="store_true", help="write the support table into README.md")
+
+
+def pytest_configure(config):
+    if config.getoption("--cuda-on-cpu"):
+        import helpers
+        import operators_on_harness
+
+        helpers.every_kernel_is_slow = True
+        operators_on_harness.swap_in()
+
+
+def pytest_collection_modifyitems(config, items):
+    """On a GPU only the tests that depend on the device: the others would repeat what they do on the CPU."""
+    if config.getoption("--device") != "cpu":
+        dependent = [item for item in items if "device" in item.fixturenames]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(dependent)])
+        items[:] = dependent
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +33,7 @@ def device(request) -> torch.device:
     chosen = torch.device(request.config.getoption("--device"))
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this torch sees no CUDA device")
+    torch.backends.cudnn.allow_tf32 = False  # the layers' forward passes are compared with float64
     return chosen
 
 

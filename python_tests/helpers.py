@@ -7,6 +7,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+every_kernel_is_slow = False  # set by `--cuda-on-cpu`, before the tests are imported
+
+
+def examples(count: int) -> int:
+    """How many random examples to try, where there would be `count` with kernels at full speed."""
+    return max(1, count // 6) if every_kernel_is_slow else count
+
 
 def named(arguments: str, cases: dict[str, Any]):
     """`pytest.mark.parametrize` over a dict of cases, its keys as test ids."""

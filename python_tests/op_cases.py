@@ -12,7 +12,9 @@ from oracle import FIELDS, Stats, layer_statistics
 from torch import Tensor
 
 import backpack_cuda  # noqa: F401  (loads the operators)
+from backpack_cuda.ops.geometry import ConvGeometry
 
+HALVES = (torch.bfloat16, torch.float16)
 ALL_FIELDS = 31  # want bits of the raw operators: 2**k asks for FIELDS[k]
 
 
@@ -134,6 +136,10 @@ class Case:
         middle = (o["output_padding"],) if self.family == "conv_transpose" else ()
         return (self.kernel_size, o["stride"], o["padding"], *middle, o["dilation"], o["groups"])
 
+    def geometry(self) -> ConvGeometry:
+        """The Python layer's description of a (transposed) convolution."""
+        return ConvGeometry(self.kernel_size, transposed=self.family == "conv_transpose", **self.options)
+
     def raw(
         self, input: Tensor, grad_output: Tensor, weight_want=ALL_FIELDS, bias_want=ALL_FIELDS
     ) -> tuple[Stats, Stats]:
@@ -148,6 +154,18 @@ class Case:
         if self.family == "linear":
             return op(input, grad_output, want=want)
         return op(input, grad_output, self.kernel_size, **self.options, want=want)
+
+    def raw_weighted(self, input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+        """The operator itself: sum_n weights[n] G_n."""
+        op = getattr(torch.ops.backpack_cuda, f"{self.family}_weighted_grad")
+        return op(input, grad_output, weights, *self.geometry_arguments())
+
+    def public_weighted(self, input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+        """The Python face of `raw_weighted`."""
+        op = getattr(backpack_cuda.ops, f"{self.family}_weighted_grad")
+        if self.family == "linear":
+            return op(input, grad_output, weights)
+        return op(input, grad_output, weights, self.kernel_size, **self.options)
 
     def oracle(self, input: Tensor, grad_output: Tensor) -> tuple[Stats, Stats]:
         """(weight, bias) statistics in float64."""
@@ -265,8 +283,14 @@ def assert_stats(actual: Stats, expected: Stats, magnitude: Stats, tolerance: To
             assert (value >= 0).all(), f"{name}: negative"
 
 
-def check_case(case: Case, device="cpu", dtypes=tuple(TOLERANCES)) -> None:
-    """All five statistics of weight and bias against the oracle, in each of `dtypes` on the same values."""
+def kernel_dtypes(device) -> tuple[torch.dtype, ...]:
+    """The types of TOLERANCES that the operators of such a device take."""
+    return tuple(TOLERANCES) if torch.device(device).type == "cpu" else (torch.float32,)
+
+
+def check_case(case: Case, device="cpu") -> None:
+    """All five statistics of weight and bias against the oracle, in each of the device's types on the same values."""
+    dtypes = kernel_dtypes(device)
     input, grad_output = case.operands(device, dtypes[0])
     expected, magnitude = case.oracle(input, grad_output), case.magnitudes(input, grad_output)
     for dtype in dtypes:

@@ -5,8 +5,6 @@ import itertools
 import pytest
 import torch
 from helpers import assert_close, named, some
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from model_cases import (
     LAYERS,
     MODELS,
@@ -18,6 +16,7 @@ from model_cases import (
     mlp,
 )
 from oracle import from_per_sample, per_sample_gradients
+from property_testing import HealthCheck, given, settings, st
 from torch import nn
 
 from backpack_cuda import CTX, backpack, extend

@@ -3,25 +3,30 @@
 import pytest
 import torch
 from helpers import named, some
-from op_cases import ALL_FIELDS, CASES, want_bits
+from op_cases import ALL_FIELDS, CASES, kernel_dtypes, want_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from backpack_cuda.stats import statistics_dtype
 
 NAMES = sorted(
     name.split("::")[1].split(".")[0]
     for name in torch._C._dispatch_get_all_op_names()
     if name.startswith("backpack_cuda::")
 )
-SWITCHES = {"_cpu_option"}  # without tensors: nothing to fake
+SWITCHES = {"_cpu_option", "_cuda_option"}  # without tensors: nothing to fake
 WANTS = [(ALL_FIELDS, ALL_FIELDS), (want_bits("grad"), 0), (0, want_bits("batch_l2", "batch_grad"))]
 
 
 def examples(device: torch.device) -> dict[str, list[tuple]]:
     """Arguments of each operator."""
     result: dict[str, list[tuple]] = {f"{family}_grad_stats": [] for family in ("linear", "conv", "conv_transpose")}
+    result |= {name.replace("_grad_stats", "_weighted_grad"): [] for name in result}
     for case in CASES.values():
-        for dtype, wants in zip((torch.float32, torch.float64, torch.bfloat16), WANTS, strict=True):
-            arguments = (*case.operands(device, dtype), *case.geometry_arguments(), *wants)
-            result[f"{case.family}_grad_stats"].append(arguments)
+        for dtype, wants in zip((torch.float32, kernel_dtypes(device)[-1], torch.bfloat16), WANTS, strict=True):
+            operands, sizes = case.operands(device, dtype), case.geometry_arguments()
+            result[f"{case.family}_grad_stats"].append((*operands, *sizes, *wants))
+            weights = torch.randn(len(operands[0]), device=device, dtype=statistics_dtype(dtype))
+            result[f"{case.family}_weighted_grad"].append((*operands, weights, *sizes))
     grad_output = torch.randn(3, 4, 5, device=device)
     result["bias_grad_stats"] = [(grad_output, dim, want) for dim in (1, 2, -1) for want in (ALL_FIELDS, 5)]
     rows = torch.randn(6, 4, device=device)

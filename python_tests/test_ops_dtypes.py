@@ -3,10 +3,8 @@
 import pytest
 import torch
 from helpers import assert_close, named, some
-from op_cases import CASES, TOLERANCES, assert_stats, linear
+from op_cases import CASES, HALVES, TOLERANCES, assert_stats, linear
 from oracle import FIELDS, Stats
-
-HALVES = [torch.bfloat16, torch.float16]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

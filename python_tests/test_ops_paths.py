@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import named, subprocess_environment
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from memory_probe import LARGE
 from op_cases import CASES, TOLERANCES, Case, assert_stats, check_case, conv, cpu_option, linear, want_bits
 from oracle import FIELDS, Stats
+from property_testing import given, settings, st
 from test_ops_geometry import GEOMETRIES, conv_cases, linear_cases
 
 pytestmark = pytest.mark.skipif("config.getoption('--device') != 'cpu'", reason="the CPU kernels' switches")

@@ -1,25 +1,14 @@
 """The outer_norm operator against a float64 loop over samples; on the CPU, and on a GPU where there is one.
 
-The CUDA kernel is also run without a GPU, in test_harness.py.
+The CUDA kernel is also run without a GPU, in test_outer_norm_kernel.py.
 """
 
 import pytest
 import torch
 
-from backpack_cuda import _lib
+import backpack_cuda  # noqa: F401  (loads the operators)
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(
-            not (torch.cuda.is_available() and _lib.has_kernel("outer_norm", "cuda")),
-            reason="no CUDA device, or built without nvcc",
-        ),
-    ),
-]
 TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-13, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-every_device = pytest.mark.parametrize("device_name", DEVICES)
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -42,12 +31,11 @@ def check(input, grad_output):
     torch.testing.assert_close(out.cpu().double(), expected, rtol=TOLERANCE[input.dtype], atol=0)
 
 
-@every_device
 @every_dtype
 @pytest.mark.parametrize("sizes", [(1, 1), (3, 31), (32, 33), (127, 128), (1000, 1), (129, 1000), (5000, 21)])
 @pytest.mark.parametrize("samples", [0, 1, 7, 130])
-def test_shapes(device_name, dtype, sizes, samples):
-    input, grad_output = (torch.randn(samples, size).to(device_name, dtype) for size in sizes)
+def test_shapes(device, dtype, sizes, samples):
+    input, grad_output = (torch.randn(samples, size).to(device, dtype) for size in sizes)
     check(input, grad_output)
 
 
@@ -63,67 +51,61 @@ LAYOUTS = {
 }
 
 
-@every_device
 @every_dtype
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes", [(37, 50), (1500, 3)])
-def test_layouts(device_name, dtype, layout, sizes):
+def test_layouts(device, dtype, layout, sizes):
     make = LAYOUTS[layout]
 
     def operand(size):  # .to() would drop the layout of what is expanded: convert the storage below it
         view = make(9, size)
-        base = view.as_strided((view.untyped_storage().nbytes() // 4,), (1,), 0).to(device_name, dtype)
+        base = view.as_strided((view.untyped_storage().nbytes() // 4,), (1,), 0).to(device, dtype)
         return base.as_strided(view.shape, view.stride(), view.storage_offset())
 
-    check(operand(sizes[0]), torch.randn(9, sizes[1]).to(device_name, dtype))
-    check(torch.randn(9, sizes[1]).to(device_name, dtype), operand(sizes[0]))
+    check(operand(sizes[0]), torch.randn(9, sizes[1]).to(device, dtype))
+    check(torch.randn(9, sizes[1]).to(device, dtype), operand(sizes[0]))
 
 
-@every_device
 @pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
-def test_empty_rows_give_zero(device_name, sizes):
-    input, grad_output = (torch.full((3, size), torch.inf, device=device_name) for size in sizes)
+def test_empty_rows_give_zero(device, sizes):
+    input, grad_output = (torch.full((3, size), torch.inf, device=device) for size in sizes)
     assert torch.equal(outer_norm(input, grad_output).cpu(), torch.zeros(3))
 
 
-@every_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [20, 3000])
-def test_only_the_result_can_overflow_or_underflow(device_name, dtype, size):
+def test_only_the_result_can_overflow_or_underflow(device, dtype, size):
     """Factors outside float32's range, products inside it; a zero row; then products outside."""
     input, grad_output = torch.randn(6, size), torch.randn(6, 11)
     scales = [(1e-25, 1e25), (1e30, 1e-22), (0.0, 1e30), (3e-38, 1e30), (1e25, 1.0), (1e-25, 1.0)]
     for n, (input_scale, grad_output_scale) in enumerate(scales):
         input[n] *= input_scale
         grad_output[n] *= grad_output_scale
-    input, grad_output = input.to(device_name, dtype), grad_output.to(device_name, dtype)
+    input, grad_output = input.to(device, dtype), grad_output.to(device, dtype)
     check(input[:4], grad_output[:4])
     assert outer_norm(input, grad_output)[4:].tolist() == [torch.inf, 0]
 
 
-@every_device
 @every_dtype
 @pytest.mark.parametrize("size", [20, 3000])
-def test_nan_and_inf_propagate(device_name, dtype, size):
+def test_nan_and_inf_propagate(device, dtype, size):
     input, grad_output = torch.randn(6, size), torch.randn(6, 11)
     input[0, 7] = torch.nan
     grad_output[1, 10] = -torch.inf
     input[2], grad_output[2, 0] = 0, torch.inf
     input[3], grad_output[3, 0] = 0, torch.nan
-    out = outer_norm(input.to(device_name, dtype), grad_output.to(device_name, dtype)).cpu()
+    out = outer_norm(input.to(device, dtype), grad_output.to(device, dtype)).cpu()
     assert out[1] == torch.inf and torch.equal(out.isnan(), torch.tensor([True, False, True, True, False, False]))
     assert out[4:].isfinite().all()
 
 
-@every_device
-def test_many_samples(device_name):
+def test_many_samples(device):
     """More samples than one thread, or one grid of blocks, takes at once."""
-    check(torch.randn(600_000, 1, device=device_name), torch.randn(600_000, 2, device=device_name))
+    check(torch.randn(600_000, 1, device=device), torch.randn(600_000, 2, device=device))
 
 
-@every_device
-def test_same_bits_every_time(device_name):
-    input, grad_output = torch.randn(64, 5001, device=device_name), torch.randn(64, 77, device=device_name)
+def test_same_bits_every_time(device):
+    input, grad_output = torch.randn(64, 5001, device=device), torch.randn(64, 77, device=device)
     first = outer_norm(input, grad_output)
     assert all(torch.equal(outer_norm(input, grad_output), first) for _ in range(5))
 
@@ -137,9 +119,8 @@ def test_bits_do_not_depend_on_the_number_of_threads():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@every_device
-def test_opcheck(device_name):
-    wide = torch.randn(6, 9, device=device_name)
+def test_opcheck(device):
+    wide = torch.randn(6, 9, device=device)
     for operands in [(wide, wide[:, :3]), (wide[:, 1:].double(), wide.double()), (wide[:0], wide[:0])]:
         torch.library.opcheck(torch.ops.backpack_cuda.outer_norm.default, operands)
 
@@ -153,9 +134,8 @@ BAD_OPERANDS = {
 }
 
 
-@every_device
 @pytest.mark.parametrize("case", BAD_OPERANDS)
-def test_bad_operands(device_name, case):
+def test_bad_operands(device, case):
     input, grad_output, message = BAD_OPERANDS[case]
     with pytest.raises(RuntimeError, match=message):
-        outer_norm(input.to(device_name), grad_output.to(device_name))
+        outer_norm(input.to(device), grad_output.to(device))

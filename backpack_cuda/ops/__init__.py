@@ -1,7 +1,7 @@
 """Low-level calls: statistics of per-sample gradients from a layer's saved input and output gradient.
 
 For sample n of a batch the gradient of a weight is G_n = sum_t grad_output[n, t, :] input[n, t, :]^T, a short sum
-of outer products. Each call below forms any of these in ONE pass over the two operands:
+of outer products. Each `*_grad_stats` call forms any of these in ONE pass over the two operands:
 
 ==================== ============== ===========================================
 name in `want`       shape          value
@@ -12,178 +12,53 @@ name in `want`       shape          value
 "sum_grad_squared"   [*weight]      sum_n G_n^2, entry by entry
 ==================== ============== ===========================================
 
+and each `*_weighted_grad` call sum_n weights[n] G_n.
+
 Nothing is rescaled: with a mean-reduced loss, grad_output (and so G_n) contains the factor 1/N.
 
-Operands: float32, float64, bfloat16 or float16, any strides. "grad" and "batch_grad" have the operands' type;
-"batch_l2" and "sum_grad_squared" are float32 (float64 for float64). N = 0 and T = 0 give zeros. NaN and Inf propagate.
-Operands that require grad under grad mode give differentiable results.
+Operands: float32, float64, bfloat16 or float16, any strides. "grad", "batch_grad" and weighted sums have the operands'
+type; "batch_l2" and "sum_grad_squared" are float32 (float64 for float64). N = 0 and T = 0 give zeros. NaN and Inf
+propagate. Operands that require grad under grad mode give differentiable results.
+
+Precision. bfloat16 and float16 operands are multiplied exactly and summed in float32; squares are taken before
+anything is rounded. The CPU computes float32 in float32. On a GPU, float32 operands obey
+`torch.set_float32_matmul_precision`, as PyTorch's own matrix products do:
+
+* "highest" (PyTorch's default): each operand is split into TF32 terms, three of whose products are summed on the tensor
+  cores; as accurate as float32 arithmetic. An operand that is Inf gives NaN where float32 arithmetic may give Inf.
+* "high" and "medium" (the same here): one product of operands rounded to TF32, with relative errors of about 5e-4 per
+  product, and sums in float32.
+
+Two things on a GPU go through PyTorch itself: float64 operands (but for `outer_norm`), with per-sample gradients formed
+chunk by chunk; and "grad" on its own, as no statistic rides along with it. The latter is cuBLAS's or cuDNN's gradient,
+and for convolutions cuDNN obeys `torch.backends.cudnn.allow_tf32`, which is on by default.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
-
-from torch import Tensor
-
-from backpack_cuda import _lib
-from backpack_cuda.ops import checks, dispatch, fake  # noqa: F401 (fake registers the fake kernels)
-from backpack_cuda.stats import Stats, Want
+from backpack_cuda.ops import fake  # noqa: F401 (registers the fake kernels)
+from backpack_cuda.ops.grad_stats import (
+    GradStats,
+    bias_grad_stats,
+    conv_grad_stats,
+    conv_transpose_grad_stats,
+    linear_grad_stats,
+    outer_norm,
+)
+from backpack_cuda.ops.weighted_grad import (
+    bias_weighted_grad,
+    conv_transpose_weighted_grad,
+    conv_weighted_grad,
+    linear_weighted_grad,
+)
 
 __all__ = [
     "GradStats",
     "bias_grad_stats",
+    "bias_weighted_grad",
     "conv_grad_stats",
     "conv_transpose_grad_stats",
+    "conv_transpose_weighted_grad",
+    "conv_weighted_grad",
     "linear_grad_stats",
+    "linear_weighted_grad",
     "outer_norm",
 ]
-
-
-class GradStats(NamedTuple):
-    """Statistics of the per-sample gradients G_n of one parameter of shape P; None where not wanted."""
-
-    grad: Tensor | None  # [*P]     sum_n G_n
-    batch_grad: Tensor | None  # [N, *P]  G_n
-    batch_l2: Tensor | None  # [N]      sum_p G_n[p]^2
-    sum_grad_squared: Tensor | None  # [*P]     sum_n G_n[p]^2
-
-
-def _public(stats: Stats) -> GradStats:
-    return GradStats(*stats[:4])
-
-
-def linear_grad_stats(input: Tensor, grad_output: Tensor, want: str | Iterable[str] = ("grad",)) -> GradStats:
-    """Statistics of the per-sample gradients of a Linear layer's weight [O, I].
-
-    Args:
-        input: the layer's input [N, *, I].
-        grad_output: the gradient of the loss with respect to the layer's output [N, *, O].
-        want: a non-empty subset of "grad", "batch_grad", "batch_l2", "sum_grad_squared".
-
-    Returns:
-        GradStats with "grad" and "sum_grad_squared" [O, I], "batch_grad" [N, O, I], "batch_l2" [N]; see the module's
-        text for types and scaling.
-
-    Raises:
-        ValueError: a rank below 2, unequal leading dimensions or devices, an unknown or empty `want`.
-        TypeError: not a tensor, unequal types, or a type other than float32, float64, bfloat16, float16.
-        RuntimeError: the package's library is not built.
-    """
-    flags = checks.want(want)
-    checks.linear_operands(input, grad_output)
-    _lib.operators()
-    return _public(dispatch.linear_stats(input, grad_output, flags, Want.NOTHING)[0])
-
-
-def conv_grad_stats(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: int | Iterable[int],
-    *,
-    stride: int | Iterable[int] = 1,
-    padding: int | Iterable[int] = 0,
-    dilation: int | Iterable[int] = 1,
-    groups: int = 1,
-    want: str | Iterable[str] = ("grad",),
-) -> GradStats:
-    """Statistics of the per-sample gradients of a convolution's weight [O, C/groups, *kernel_size].
-
-    Args:
-        input: the layer's input [N, C, *size] with 1, 2 or 3 spatial dimensions.
-        grad_output: the gradient of the loss with respect to the layer's output [N, O, *output size].
-        kernel_size, stride, padding, dilation, groups: as in torch.nn.Conv2d; a single number stands for all
-            dimensions. The padding is with zeros.
-        want: a non-empty subset of "grad", "batch_grad", "batch_l2", "sum_grad_squared".
-
-    Returns:
-        GradStats; see the module's text for types and scaling.
-
-    Raises:
-        ValueError: ranks, batch sizes, devices, groups or sizes that do not fit, an unknown or empty `want`.
-        TypeError: not a tensor or number, unequal types, or a type other than float32, float64, bfloat16, float16.
-        RuntimeError: the package's library is not built.
-    """
-    flags = checks.want(want)
-    geometry = checks.conv_operands(input, grad_output, kernel_size, stride, padding, dilation, groups)
-    _lib.operators()
-    return _public(dispatch.conv_stats(geometry, input, grad_output, flags, Want.NOTHING)[0])
-
-
-def conv_transpose_grad_stats(
-    input: Tensor,
-    grad_output: Tensor,
-    kernel_size: int | Iterable[int],
-    *,
-    stride: int | Iterable[int] = 1,
-    padding: int | Iterable[int] = 0,
-    output_padding: int | Iterable[int] = 0,
-    dilation: int | Iterable[int] = 1,
-    groups: int = 1,
-    want: str | Iterable[str] = ("grad",),
-) -> GradStats:
-    """Statistics of the per-sample gradients of a transposed convolution's weight [C, O/groups, *kernel_size].
-
-    Args:
-        input: the layer's input [N, C, *size] with 1, 2 or 3 spatial dimensions.
-        grad_output: the gradient of the loss with respect to the layer's output [N, O, *output size].
-        kernel_size, stride, padding, output_padding, dilation, groups: as in torch.nn.ConvTranspose2d; a single
-            number stands for all dimensions.
-        want: a non-empty subset of "grad", "batch_grad", "batch_l2", "sum_grad_squared".
-
-    Returns:
-        GradStats; see the module's text for types and scaling.
-
-    Raises:
-        ValueError: ranks, batch sizes, devices, groups or sizes that do not fit, an unknown or empty `want`.
-        TypeError: not a tensor or number, unequal types, or a type other than float32, float64, bfloat16, float16.
-        RuntimeError: the package's library is not built.
-    """
-    flags = checks.want(want)
-    geometry = checks.conv_operands(
-        input, grad_output, kernel_size, stride, padding, dilation, groups, True, output_padding
-    )
-    _lib.operators()
-    return _public(dispatch.conv_stats(geometry, input, grad_output, flags, Want.NOTHING)[0])
-
-
-def bias_grad_stats(grad_output: Tensor, want: str | Iterable[str] = ("grad",), channel_dim: int = -1) -> GradStats:
-    """Statistics of the per-sample gradients of an additive bias [O]: G_n[o] sums grad_output over the other dims.
-
-    Args:
-        grad_output: the gradient of the loss with respect to the layer's output, [N, ..., O, ...].
-        want: a non-empty subset of "grad", "batch_grad", "batch_l2", "sum_grad_squared".
-        channel_dim: where O is; -1 for a Linear layer, 1 for convolutions.
-
-    Returns:
-        GradStats with "grad" and "sum_grad_squared" [O], "batch_grad" [N, O], "batch_l2" [N].
-
-    Raises:
-        ValueError: a rank below 2, a `channel_dim` out of range or 0, an unknown or empty `want`.
-        TypeError: not a tensor, or a type other than float32, float64, bfloat16, float16.
-        RuntimeError: the package's library is not built.
-    """
-    flags = checks.want(want)
-    dim = checks.channel_dim(grad_output, channel_dim)
-    _lib.operators()
-    return _public(dispatch.bias_stats(grad_output, dim, flags))
-
-
-def outer_norm(input: Tensor, grad_output: Tensor) -> Tensor:
-    """Squared norms of the outer products grad_output_n input_n^T: "batch_l2" of a Linear layer with 2-d input.
-
-    |b a^T|^2 = |a|^2 |b|^2 (Goodfellow, "Efficient per-example gradient computations", 2015), so one read of both.
-
-    Args:
-        input: [N, I].
-        grad_output: [N, O].
-
-    Returns:
-        [N], float32 (float64 for float64 operands).
-
-    Raises:
-        ValueError: ranks, batch sizes or devices that do not fit.
-        TypeError: not a tensor, unequal types, or a type other than float32, float64, bfloat16, float16.
-        RuntimeError: the package's library is not built.
-    """
-    checks.matrix_operands(input, grad_output)
-    _lib.operators()
-    return dispatch.outer_norm(input, grad_output)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import Want
+from backpack_cuda.stats import Want, statistics_dtype
 
 WANTS = {
     "grad": Want.GRAD,
@@ -136,6 +136,24 @@ def conv_operands(
             f"{_shapes(input, grad_output)}"
         )
     return geometry
+
+
+def sample_weights(weights, operand: Tensor) -> None:
+    """weights [N] on the device of `operand` [N, ...], in the type of its statistics."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a Tensor, got {type(weights).__name__}")
+    dtype = statistics_dtype(operand.dtype)
+    if weights.dtype != dtype:
+        raise TypeError(f"weights: expected {dtype} for operands of {operand.dtype}, got {weights.dtype}")
+    if weights.layout != torch.strided:
+        raise NotImplementedError(f"weights: expected a dense (strided) tensor, got layout {weights.layout}")
+    if weights.shape != operand.shape[:1]:
+        raise ValueError(
+            f"weights: expected one per sample, [{operand.shape[0]}], got {list(weights.shape)} for operands of "
+            f"shape {list(operand.shape)}"
+        )
+    if weights.device != operand.device:
+        raise ValueError(f"weights: expected the device {operand.device} of the operands, got {weights.device}")
 
 
 def channel_dim(grad_output, dim) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from backpack_cuda.ops import library
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
 
@@ -73,26 +74,75 @@ def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -
     return windows
 
 
-def conv(
-    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
-) -> tuple[Stats, Stats]:
-    """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *].
+class _ConvOperands:
+    """A (transposed) convolution's per-sample gradients as products of patches and pixels, group by group.
 
     In a transposed convolution input and grad_output swap roles: the patches are those of grad_output.
     """
-    image, pixels = (grad_output, input) if geometry.transposed else (input, grad_output)
-    positions, g, k = tuple(pixels.shape[2:]), geometry.groups, prod(geometry.kernel_size)
-    n, c, o, t = image.shape[0], image.shape[1] // g, pixels.shape[1] // g, prod(positions)
-    shape = geometry.weight_shape(input.shape[1], grad_output.shape[1])
+
+    def __init__(self, geometry: ConvGeometry, input: Tensor, grad_output: Tensor) -> None:
+        self.geometry = geometry
+        self.image, self.pixels = (grad_output, input) if geometry.transposed else (input, grad_output)
+        self.positions, self.groups = tuple(self.pixels.shape[2:]), geometry.groups
+        self.t, self.k = prod(self.positions), prod(geometry.kernel_size)
+        self.shape = geometry.weight_shape(input.shape[1], grad_output.shape[1])
+        self.elements = max(prod(self.shape), self.image.shape[1] * self.t * self.k)  # per sample, of what is formed
+
+    def of(self, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Patches [N_c, g, c, T, K] and pixels [N_c, g, o, T] of some samples."""
+        image, g = self.image[chunk].to(dtype), self.groups
+        n, c, o = image.shape[0], image.shape[1] // g, self.pixels.shape[1] // g
+        a = patches(image, self.geometry, self.positions).reshape(n, g, c, self.t, self.k)
+        return a, self.pixels[chunk].to(dtype).reshape(n, g, o, self.t)
+
+
+def conv(
+    geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
+) -> tuple[Stats, Stats]:
+    """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *]."""
+    operands, n = _ConvOperands(geometry, input, grad_output), input.shape[0]
     dtype = statistics_dtype(input.dtype)
 
     def weight_rows(chunk: slice) -> Tensor:  # [N_c, *weight]
-        b = pixels[chunk].to(dtype).reshape(-1, g, o, t)
-        if t == 0 or len(b) == 0:
-            return b.new_zeros(len(b), *shape)
-        a = patches(image[chunk].to(dtype), geometry, positions).reshape(-1, g, c, t, k)
-        return torch.einsum("ngctk,ngot->ngock", a, b).reshape(-1, *shape)
+        if operands.t == 0 or n == 0:
+            return input.new_zeros(len(input[chunk]), *operands.shape, dtype=dtype)
+        return torch.einsum("ngctk,ngot->ngock", *operands.of(chunk, dtype)).reshape(-1, *operands.shape)
 
-    elements = max(prod(shape), image.shape[1] * t * k)
-    weight = _stats(weight_rows, n, elements, weight_want, input.dtype) if weight_want else Stats()
+    weight = _stats(weight_rows, n, operands.elements, weight_want, input.dtype) if weight_want else Stats()
     return weight, bias(grad_output, 1, bias_want)
+
+
+# --- Weighted sums, of a scaled copy of grad_output. ---
+
+
+def _scaled(grad_output: Tensor, weights: Tensor) -> Tensor:
+    """grad_output [N, *] times weights [N], in the type of the weights."""
+    return grad_output.to(weights.dtype) * weights.reshape(-1, *(1,) * (grad_output.dim() - 1))
+
+
+def linear_weighted_grad(input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights[n] G_n of a Linear layer's weight; input [N, *, I], grad_output [N, *, O], weights [N]."""
+    grad = library.linear_weight_grad(input.to(weights.dtype), _scaled(grad_output, weights))
+    return grad.to(input.dtype)
+
+
+def conv_weighted_grad(geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights[n] G_n of a (transposed) convolution's weight; input [N, C, *], grad_output [N, O, *].
+
+    Not by convolution_backward, whose own derivative refuses some transposed convolutions.
+    """
+    operands = _ConvOperands(geometry, input, _scaled(grad_output, weights))
+    grad = input.new_zeros(operands.shape, dtype=weights.dtype)
+    if operands.t == 0 or len(input) == 0:
+        return grad.to(input.dtype)
+    for chunk in _sample_chunks(len(input), operands.elements, whole=torch.is_grad_enabled()):
+        a, b = operands.of(chunk, weights.dtype)
+        grad = grad + torch.einsum("ngctk,ngot->gock", a, b).reshape(operands.shape)
+    return grad.to(input.dtype)
+
+
+def bias_weighted_grad(grad_output: Tensor, weights: Tensor, channel_dim: int) -> Tensor:
+    """sum_n weights[n] G_n of an additive bias along `channel_dim` of grad_output [N, ...]."""
+    positions = [d for d in range(1, grad_output.dim()) if d != channel_dim % grad_output.dim()]
+    rows = grad_output.sum(positions, dtype=weights.dtype) if positions else grad_output.to(weights.dtype)  # [N, O]
+    return (rows * weights[:, None]).sum(0).to(grad_output.dtype)

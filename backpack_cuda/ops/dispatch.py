@@ -8,18 +8,35 @@ from torch import Tensor
 
 from backpack_cuda import _lib
 from backpack_cuda.autocast import without_autocast
-from backpack_cuda.ops import composite
+from backpack_cuda.ops import composite, library
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.stats import Stats, Want
 
 
-def _use_kernel(operator: str, *operands: Tensor) -> bool:
+def _composite_needed(*operands: Tensor) -> bool:
     """Kernels return plain numbers: where a graph or a transform must see the computation, the composite runs."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+
+
+def _use_kernel(operator: str, *operands: Tensor) -> bool:
+    if _composite_needed(*operands):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in operands):
-        return False
+    if operands[0].is_cuda and operands[0].dtype == torch.float64 and operator != "outer_norm":
+        return False  # tensor cores take float32, bfloat16 and float16
     return _lib.has_kernel(operator, operands[0].device.type)
+
+
+def _tf32(operand: Tensor) -> bool:
+    """Whether float32 operands may be rounded to TF32, by the switch that PyTorch's own matrix products obey."""
+    # Unlike torch.get_float32_matmul_precision() this also answers when the switch was set by its newer name.
+    return operand.is_cuda and operand.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def _use_library(weight_want: int, *operands: Tensor) -> bool:
+    """On a GPU no statistic rides along with a gradient alone, and cuBLAS and cuDNN are hard to beat at it."""
+    return weight_want == Want.GRAD and operands[0].is_cuda and not _composite_needed(*operands)
 
 
 def _pair(results: tuple[Tensor, ...], weight_want: int, bias_want: int) -> tuple[Stats, Stats]:
@@ -28,35 +45,47 @@ def _pair(results: tuple[Tensor, ...], weight_want: int, bias_want: int) -> tupl
 
 def linear_stats(input: Tensor, grad_output: Tensor, weight_want: int, bias_want: int) -> tuple[Stats, Stats]:
     """Statistics of a Linear layer's weight and bias; input [N, *, I], grad_output [N, *, O]."""
+    if _use_library(weight_want, input, grad_output):
+        with without_autocast(input.device.type):
+            grad = library.linear_weight_grad(input, grad_output)
+        return Stats(grad=grad), bias_stats(grad_output, -1, bias_want)
     if _use_kernel("linear_grad_stats", input, grad_output):
-        results = torch.ops.backpack_cuda.linear_grad_stats(input, grad_output, weight_want, bias_want)
+        results = torch.ops.backpack_cuda.linear_grad_stats(input, grad_output, weight_want, bias_want, _tf32(input))
         return _pair(results, weight_want, bias_want)
     if weight_want == Want.BATCH_L2 and input.dim() == 2 and _use_kernel("outer_norm", input, grad_output):
         norms = torch.ops.backpack_cuda.outer_norm(input, grad_output)
-        return Stats(batch_l2=norms), composite.bias(grad_output, -1, bias_want)
+        return Stats(batch_l2=norms), bias_stats(grad_output, -1, bias_want)
     with without_autocast(input.device.type):
         return composite.linear(input, grad_output, weight_want, bias_want)
+
+
+def _conv_operator(geometry: ConvGeometry, quantity: str) -> tuple[str, tuple]:
+    """The operator's name, and its arguments that describe the geometry."""
+    kernel_size, stride, padding, dilation, groups, transposed, output_padding = geometry
+    if transposed:
+        return f"conv_transpose_{quantity}", (kernel_size, stride, padding, output_padding, dilation, groups)
+    return f"conv_{quantity}", (kernel_size, stride, padding, dilation, groups)
 
 
 def conv_stats(
     geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
 ) -> tuple[Stats, Stats]:
     """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *]."""
-    kernel_size, stride, padding, dilation, groups, transposed, output_padding = geometry
-    name = "conv_transpose_grad_stats" if transposed else "conv_grad_stats"
+    if _use_library(weight_want, input, grad_output):
+        grad = library.conv_weight_grad(geometry, input, grad_output)
+        return Stats(grad=grad), bias_stats(grad_output, 1, bias_want)
+    name, sizes = _conv_operator(geometry, "grad_stats")
     if not _use_kernel(name, input, grad_output):
         with without_autocast(input.device.type):
             return composite.conv(geometry, input, grad_output, weight_want, bias_want)
-    sizes = (kernel_size, stride, padding, output_padding) if transposed else (kernel_size, stride, padding)
-    results = getattr(torch.ops.backpack_cuda, name)(
-        input, grad_output, *sizes, dilation, groups, weight_want, bias_want
-    )
+    operator = getattr(torch.ops.backpack_cuda, name)
+    results = operator(input, grad_output, *sizes, weight_want, bias_want, _tf32(input))
     return _pair(results, weight_want, bias_want)
 
 
 def bias_stats(grad_output: Tensor, channel_dim: int, want: int) -> Stats:
     """Statistics of an additive bias along `channel_dim` of grad_output [N, ...]."""
-    if _use_kernel("bias_grad_stats", grad_output):
+    if want and _use_kernel("bias_grad_stats", grad_output):
         return Stats.of(torch.ops.backpack_cuda.bias_grad_stats(grad_output, channel_dim, want), want)
     return composite.bias(grad_output, channel_dim, want)
 
@@ -66,3 +95,22 @@ def outer_norm(input: Tensor, grad_output: Tensor) -> Tensor:
     if _use_kernel("outer_norm", input, grad_output):
         return torch.ops.backpack_cuda.outer_norm(input, grad_output)
     return composite.outer_norm(input, grad_output)
+
+
+def linear_weighted_grad(input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights[n] G_n of a Linear layer's weight; input [N, *, I], grad_output [N, *, O], weights [N]."""
+    if _use_kernel("linear_weighted_grad", input, grad_output, weights):
+        operator = torch.ops.backpack_cuda.linear_weighted_grad
+        return operator(input, grad_output, weights.contiguous(), _tf32(input))
+    with without_autocast(input.device.type):
+        return composite.linear_weighted_grad(input, grad_output, weights)
+
+
+def conv_weighted_grad(geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weights: Tensor) -> Tensor:
+    """sum_n weights[n] G_n of a (transposed) convolution's weight; input [N, C, *], grad_output [N, O, *]."""
+    name, sizes = _conv_operator(geometry, "weighted_grad")
+    if _use_kernel(name, input, grad_output, weights):
+        operator = getattr(torch.ops.backpack_cuda, name)
+        return operator(input, grad_output, weights.contiguous(), *sizes, _tf32(input))
+    with without_autocast(input.device.type):
+        return composite.conv_weighted_grad(geometry, input, grad_output, weights)

@@ -20,7 +20,7 @@ def _results(like: Tensor, batch_size: int, shape: tuple[int, ...], want: int) -
     )
 
 
-def _linear(input, grad_output, weight_want, bias_want):
+def _linear(input, grad_output, weight_want, bias_want, tf32=False):
     n, i, o = input.shape[0], input.shape[-1], grad_output.shape[-1]
     return (*_results(input, n, (o, i), weight_want), *_results(grad_output, n, (o,), bias_want))
 
@@ -31,13 +31,23 @@ def _conv_results(geometry, input, grad_output, weight_want, bias_want):
     return (*weight, *_results(grad_output, n, (o,), bias_want))
 
 
-def _conv(input, grad_output, kernel_size, stride, padding, dilation, groups, weight_want, bias_want):
+def _conv(input, grad_output, kernel_size, stride, padding, dilation, groups, weight_want, bias_want, tf32=False):
     geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups)
     return _conv_results(geometry, input, grad_output, weight_want, bias_want)
 
 
 def _conv_transpose(
-    input, grad_output, kernel_size, stride, padding, output_padding, dilation, groups, weight_want, bias_want
+    input,
+    grad_output,
+    kernel_size,
+    stride,
+    padding,
+    output_padding,
+    dilation,
+    groups,
+    weight_want,
+    bias_want,
+    tf32=False,
 ):
     geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups, True, output_padding)
     return _conv_results(geometry, input, grad_output, weight_want, bias_want)
@@ -51,12 +61,31 @@ def _outer_norm(input, grad_output):
     return input.new_empty(input.shape[0], dtype=statistics_dtype(input.dtype))
 
 
+def _linear_weighted(input, grad_output, sample_weights, tf32=False):
+    return input.new_empty(grad_output.shape[-1], input.shape[-1])
+
+
+def _conv_weighted(input, grad_output, sample_weights, kernel_size, stride, padding, dilation, groups, tf32=False):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups)
+    return input.new_empty(geometry.weight_shape(input.shape[1], grad_output.shape[1]))
+
+
+def _conv_transpose_weighted(
+    input, grad_output, sample_weights, kernel_size, stride, padding, output_padding, dilation, groups, tf32=False
+):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups, True, output_padding)
+    return input.new_empty(geometry.weight_shape(input.shape[1], grad_output.shape[1]))
+
+
 FAKE_KERNELS = {
     "linear_grad_stats": _linear,
     "conv_grad_stats": _conv,
     "conv_transpose_grad_stats": _conv_transpose,
     "bias_grad_stats": _bias,
     "outer_norm": _outer_norm,
+    "linear_weighted_grad": _linear_weighted,
+    "conv_weighted_grad": _conv_weighted,
+    "conv_transpose_weighted_grad": _conv_transpose_weighted,
 }
 
 if _lib.PROBLEM is None:

@@ -36,4 +36,25 @@ inline void check_operands(const Tensor& input, const Tensor& grad_output) {
       shape_text(input), " and ", shape_text(grad_output));
 }
 
+// input [N, *, I], grad_output [N, *, O]
+inline void check_linear_operands(const Tensor& input, const Tensor& grad_output) {
+  check_operands(input, grad_output);
+  for (int64_t d = 0; d < input.dim() - 1; ++d)
+    STD_TORCH_CHECK(input.size(d) == grad_output.size(d),
+                    "input and grad_output must agree in all dims but the last, got ", shape_text(input),
+                    " and ", shape_text(grad_output));
+}
+
+// Returns channel_dim counted from the front.
+inline int64_t check_bias_operand(const Tensor& grad_output, int64_t channel_dim, int64_t want) {
+  check_floating(grad_output, "grad_output");
+  check_want(want, "want");
+  const int64_t dims = grad_output.dim();
+  if (channel_dim < 0) channel_dim += dims;
+  STD_TORCH_CHECK(dims >= 2 && channel_dim >= 1 && channel_dim < dims,
+                  "channel_dim must name a dim of grad_output ", shape_text(grad_output),
+                  " other than the first");
+  return channel_dim;
+}
+
 }  // namespace backpack_cuda

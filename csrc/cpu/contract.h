@@ -4,8 +4,9 @@
 #include <functional>
 #include <vector>
 
+#include "common/stats_tensors.h"
 #include "cpu/kernels.h"
-#include "cpu/stats_tensors.h"
+#include "cpu/storage.h"
 #include "cpu/workspace.h"
 
 namespace backpack_cuda::cpu {
@@ -70,6 +71,8 @@ T uncentered(T centered, T sum, T inverse_count) {
 template <class Acc>
 class Operands {
  public:
+  const Acc* sample_weights = nullptr;  // [samples of the layer]: b is packed times these; null: as it is
+
   virtual ~Operands() = default;
   virtual int64_t rows_in_slab(int64_t slab) const = 0;
   // Part `part` of `parts` of sample n, slab `slab`: groups [group_begin, group_end) of a, strips

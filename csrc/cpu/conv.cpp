@@ -179,6 +179,12 @@ class ConvOperands : public Operands<Acc> {
                                          mr * lanes);
         }
       });
+      if (this->sample_weights) {
+        const Acc sample_weight = this->sample_weights[piece.n];
+        const int64_t row_size = mr * plan.b_lanes();
+        kernels_.scale(dst + (begin - first) * row_size, sample_weight, (end - begin) * row_size,
+                       dst + (begin - first) * row_size);
+      }
     }
   }
 
@@ -360,7 +366,8 @@ class ConvOperands : public Operands<Acc> {
 
 template <class Acc>
 void conv_contract(const Tensor& image, const Tensor& pixels, const ConvGeometry& geometry, int64_t want,
-                   const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed) {
+                   const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed,
+                   const Acc* sample_weights) {
   const auto candidate = [&](Method method) {
     return std::make_unique<ConvOperands<Acc>>(image, pixels, geometry, method);
   };
@@ -373,12 +380,14 @@ void conv_contract(const Tensor& image, const Tensor& pixels, const ConvGeometry
     if (forced) break;
   }
   best->finish_plan();
+  best->sample_weights = sample_weights;
   contract<Acc>(best->plan, *best, want, weight, chunk_packed);
 }
 
-#define INSTANTIATE(Acc)                                                                       \
-  template void conv_contract<Acc>(const Tensor&, const Tensor&, const ConvGeometry&, int64_t, \
-                                   const StatsTensors&, const std::function<void(int64_t, int64_t)>&);
+#define INSTANTIATE(Acc)                                                                              \
+  template void conv_contract<Acc>(const Tensor&, const Tensor&, const ConvGeometry&, int64_t,        \
+                                   const StatsTensors&, const std::function<void(int64_t, int64_t)>&, \
+                                   const Acc*);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -1,17 +1,9 @@
 // Weight statistics of convolutions, transposed or not.
 #pragma once
-#include <array>
-
 #include "cpu/contract.h"
+#include "ops/convolution.h"
 
 namespace backpack_cuda::cpu {
-
-// A convolution in three spatial dims; those that the layer lacks come first, with kernel 1.
-struct ConvGeometry {
-  using Dims = std::array<int64_t, 3>;
-  Dims kernel, stride, padding, dilation;
-  int64_t groups;
-};
 
 // G_n[o, c, k] = sum_p pixels[n, o, p] * image[n, c, p * stride + k * dilation - padding], zero outside of
 // the image. A convolution has image = input and pixels = grad_output, its transpose image = grad_output and
@@ -19,6 +11,7 @@ struct ConvGeometry {
 // columns, *kernel].
 template <class Acc>
 void conv_contract(const Tensor& image, const Tensor& pixels, const ConvGeometry& geometry, int64_t want,
-                   const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed);
+                   const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed,
+                   const Acc* sample_weights = nullptr);  // [N]: G_n times these
 
 }  // namespace backpack_cuda::cpu

@@ -98,7 +98,7 @@ def kernel_tree(patches):
 
     `patches` are (path, old, new); `old` must occur exactly once.
     """
-    paths = [path for path in (CSRC / "cuda").rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
+    paths = [path for path in (CSRC / "cuda").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
     paths += (CSRC / "harness" / "tests").glob("*.cu")
     tree = {str(path.relative_to(CSRC)): path.read_text() for path in sorted(paths)}
     for path, old, new in patches:
@@ -108,30 +108,68 @@ def kernel_tree(patches):
     return {path: f'#line 1 "csrc/{path}"\n' + rewrite(text) for path, text in tree.items()}
 
 
-def build(sources, *, sanitizer="", defines=(), patches=()):
+def plain_sources():
+    """{path below csrc: text} of all other C++ files."""
+    paths = [path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp") and CSRC / "cuda" not in path.parents]
+    return {str(path.relative_to(CSRC)): path.read_text() for path in sorted(paths)}
+
+
+def with_includes(source, texts):
+    """{path: text} of a source and of everything in `texts` that it includes, directly or not."""
+    found, waiting = {}, [source]
+    while waiting:
+        path = waiting.pop()
+        if path in texts and path not in found:
+            found[path] = texts[path]
+            waiting += re.findall(r'^\s*#\s*include\s+"([^"]+)"', texts[path], re.M)
+    return dict(sorted(found.items()))
+
+
+def torch_flags():
+    """(compiler's, linker's) flags of sources that include torch's headers."""
+    import torch
+
+    folder = Path(torch.__file__).parent
+    target = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
+    compiler = [f"-isystem{folder / 'include'}", *target, "-Wno-psabi", "-fvisibility=hidden"]
+    return compiler, [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+
+
+def build(sources, *, sanitizer="", defines=(), patches=(), operators=()):
     """Compiles kernel sources and C++ files (paths below csrc) with the harness; returns the library's path.
 
     sanitizer: "", "thread" or "address" (which includes undefined behaviour); for the kernels only.
+    operators: further C++ files, which include torch's headers and are compiled with `defines` alone.
     """
     if not cuda_include_folders():
         raise RuntimeError("NVIDIA's CUDA headers are missing")
     tree = kernel_tree(patches)
-    headers = [path.read_text() for folder in ("harness", "ops") for path in sorted((CSRC / folder).glob("*.h"))]
-    plain = [(CSRC / source).read_text() for source in sources if source not in tree]
-    flags = [*FLAGS, "-DCUDA_ON_CPU_ARCH=800", *SANITIZERS[sanitizer], *defines]
-    if patches:  # what a planted fault leaves unused is no news
-        flags.append("-w")
+    texts = {**plain_sources(), **tree}
+    flags = [*FLAGS, "-DCUDA_ON_CPU_ARCH=800", *SANITIZERS[sanitizer]]
+    flags += ["-w"] if patches else []  # what a planted fault leaves unused is no news
+    jobs = [(source, flags if operators else [*flags, *defines]) for source in sources]
+    link = ["-shared", "-Wl,-Bsymbolic", *SANITIZERS[sanitizer]]
+    libraries = []
+    if operators:
+        compiler, libraries = torch_flags()
+        jobs += [(source, [*FLAGS, *compiler, "-O0", "-g0", *defines]) for source in operators]
     objects = runtime_objects()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        for name, text in tree.items():
+            copy = Path(folder) / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(text)
 
-    def make(path):
-        with tempfile.TemporaryDirectory() as folder:
-            for name, text in tree.items():
-                copy = Path(folder) / name
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                copy.write_text(text)
-            files = [Path(folder) / source if source in tree else CSRC / source for source in sources]
-            files = [argument for file in files for argument in ("-x", "c++", file)]
-            link = ["-shared", "-Wl,-Bsymbolic", "-x", "none", *objects, "-o", path]
-            run_compiler([*flags, *include_flags([folder]), *files, *link])
+        def compile_one(job):
+            source, flags = job
+            file = Path(folder) / source if source in tree else CSRC / source
+            return cached(
+                [source, with_includes(source, texts), flags],
+                ".o",
+                lambda path: run_compiler([*flags, *include_flags([folder]), "-c", "-x", "c++", file, "-o", path]),
+            )
 
-    return cached([sources, tree, headers, plain, flags, [path.name for path in objects]], ".so", make)
+        objects += pool.map(compile_one, jobs)
+    command = [*link, *objects, *libraries]
+    key = [link, [path.name for path in objects], libraries]
+    return cached(key, ".so", lambda path: run_compiler([*command, "-o", path]))

@@ -182,3 +182,16 @@ extern "C" const char* cuda_on_cpu_last_error() { return cuda_on_cpu::last_error
 // The CUDA runtime functions that launchers call. A failed launch has thrown already.
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+  switch (name) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = 4;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}

@@ -1,6 +1,8 @@
 // ldmatrix and mma.sync, with the fragment layouts of the PTX ISA.
 #include <cuda_fp16.h>
 
+#include <cmath>
+
 #include "harness/instructions.h"
 #include "harness/sanitizers.h"
 
@@ -56,6 +58,15 @@ float unpack(MmaElement element, uint32_t bits, int index) {
   return value;
 }
 
+// The PTX ISA leaves the rounding of an mma open. Studies of the hardware (Fasi et al., "Numerical behavior
+// of NVIDIA tensor cores", 2021) found exact products, added with a few spare bits and truncated: here the
+// sum is exact and truncated once, which is as biased as the hardware.
+float truncate(double sum) {
+  const float nearest = static_cast<float>(sum);
+  const bool rounded_up = std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(sum);
+  return rounded_up ? std::nextafter(nearest, 0.f) : nearest;
+}
+
 // With g = lane / 4, t = lane % 4 and E elements per register:
 //   A register r, element e: row g + 8 (r & 1), column t E + e + 4 E (r >> 1)
 //   B register r, element e: row t E + e + 4 E r, column g
@@ -82,9 +93,9 @@ void mma_body(void** slots, uint32_t) {
     const int g = lane / 4, t = lane % 4;
     for (int r = 0; r < 4; ++r) {
       const int row = g + 8 * (r >> 1), column = 2 * t + (r & 1);
-      float sum = slot(lane)->c[r];  // in order of k; the hardware's order is not specified
-      for (int k = 0; k < depth; ++k) sum += a[row][k] * b[k][column];
-      slot(lane)->d[r] = sum;
+      double sum = slot(lane)->c[r];
+      for (int k = 0; k < depth; ++k) sum += double{a[row][k]} * b[k][column];
+      slot(lane)->d[r] = truncate(sum);
     }
   }
 }

@@ -15,13 +15,7 @@ void compute(const Tensor& grad_output, int64_t channel_dim, int64_t want, const
 }
 
 FiveStats bias_grad_stats(const Tensor& grad_output, int64_t channel_dim, int64_t want) {
-  check_floating(grad_output, "grad_output");
-  check_want(want, "want");
-  const int64_t dims = grad_output.dim();
-  if (channel_dim < 0) channel_dim += dims;
-  STD_TORCH_CHECK(dims >= 2 && channel_dim >= 1 && channel_dim < dims,
-                  "channel_dim must name a dim of grad_output ", shape_text(grad_output),
-                  " other than the first");
+  channel_dim = check_bias_operand(grad_output, channel_dim, want);
   StatsTensors bias(grad_output, {grad_output.size(channel_dim)}, grad_output.size(0), want);
   if (grad_output.numel() == 0)
     bias.fill_zero();

@@ -4,17 +4,22 @@
 // product of squared row norms, batch_grad the outer products.
 // T > 1: the contraction, sample by sample, gives all in one pass. Without sums of squares and batch_grad,
 // grad is one product over all rows (n, t), and batch_l2 comes from gram_norm where that is cheaper.
+//
+// The weighted gradient sum_n weights[n] G_n is that product with the rows of grad_output scaled as they are
+// packed.
 
 #include <array>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "common/aten.h"
 #include "common/check.h"
 #include "cpu/bias.h"
 #include "cpu/contract.h"
 #include "cpu/options.h"
 #include "cpu/strided.h"
+#include "ops/sample_weights.h"
 
 namespace backpack_cuda::cpu {
 namespace {
@@ -75,19 +80,27 @@ class LinearOperands : public Operands<Acc> {
     const int64_t width = plan_.tile.mr, rows = rows_in_slab(piece.slab);
     for (int64_t strip = strip_begin; strip < strip_end; ++strip)
       pack(b_, piece, strip * width, plan_.rows - strip * width, width,
-           dst + (strip - strip_begin) * rows * width);
+           dst + (strip - strip_begin) * rows * width, this->sample_weights);
   }
+
+  int64_t rows_of_a_sample = 1;  // to which one of sample_weights belongs
 
  private:
   // Columns from `column` on, of which `left` are there.
-  void pack(const Matrix& matrix, const Piece& piece, int64_t column, int64_t left, int64_t width,
-            Acc* dst) const {
+  void pack(const Matrix& matrix, const Piece& piece, int64_t column, int64_t left, int64_t width, Acc* dst,
+            const Acc* sample_weights = nullptr) const {
     const int64_t rows = rows_in_slab(piece.slab), first = piece.n * T_ + piece.slab * plan_.slab_rows,
                   all = matrix.rows.count();
     const int64_t begin = rows * piece.part / piece.parts, end = rows * (piece.part + 1) / piece.parts;
     const int64_t valid = std::clamp(all - first, begin, end);  // the last block of rows may be short
     matrix.pack(first + begin, first + valid, column, std::min(left, width), width, piece.square,
                 dst + begin * width);
+    if (sample_weights) {
+      for (int64_t r = begin; r < valid; ++r) {
+        const Acc sample_weight = sample_weights[(first + r) / rows_of_a_sample];
+        for (int64_t c = 0; c < width; ++c) dst[r * width + c] *= sample_weight;
+      }
+    }
     std::fill(dst + valid * width, dst + end * width, Acc(0));
   }
 
@@ -100,7 +113,7 @@ template <class Acc>
 class Linear {
  public:
   Linear(const Tensor& input, const Tensor& grad_output, int64_t weight_want, int64_t bias_want,
-         const StatsTensors& weight, const StatsTensors& bias)
+         const StatsTensors& weight, const StatsTensors& bias, const Acc* sample_weights = nullptr)
       : a_(input),
         b_(grad_output),
         input_(input),
@@ -111,8 +124,12 @@ class Linear {
         O_(b_.width()),
         want_(weight_want),
         weight_(weight),
+        sample_weights_(sample_weights),
         kernels_(kernels<Acc>()),
         bias_(grad_output, grad_output.dim() - 1, bias_want, bias, workspace_) {}
+
+  // Only grad may be wanted.
+  void compute_weighted() { products(kGrad, false); }
 
   void compute() {
     const int64_t sums = want_ & (kGrad | kSumGradSquared | kSumGradCenteredSquared);
@@ -188,7 +205,8 @@ class Linear {
     const int64_t block = std::min(rows, std::clamp<int64_t>(fitting, 64, 1024));
     for_plans(ceil_div(rows, block), block, [&](ContractPlan<Acc> plan) {
       if (squares) plan.rows_are_samples = N_;
-      const LinearOperands<Acc> operands(plan, a_, b_, block);
+      LinearOperands<Acc> operands(plan, a_, b_, block);
+      operands.sample_weights = sample_weights_, operands.rows_of_a_sample = T_;
       contract<Acc>(plan, operands, want, weight_,
                     [&](int64_t, int64_t end) { add_bias(std::min(end * block, rows) / T_); });
     });
@@ -212,7 +230,7 @@ class Linear {
     // The last one that is wanted holds the sum of squares until it is centered.
     const Tensor& squares =
         want & kSumGradCenteredSquared ? weight_.sum_grad_centered_squared : weight_.sum_grad_squared;
-    multiply(squared(b), squared(a), squares);
+    multiply(aten::mul(b, b), aten::mul(a, a), squares);
     if (!(want & kSumGradCenteredSquared)) return;
     const Acc* sum = static_cast<const Acc*>(weight_.grad.const_data_ptr());
     Acc* centered = static_cast<Acc*>(squares.mutable_data_ptr());
@@ -270,27 +288,12 @@ class Linear {
 
   // Detached [N, columns].
   static Tensor flat(const Tensor& tensor) {
-    std::array<StableIValue, 1> stack{torch::stable::detail::from(tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::reshape(torch::stable::detail::to<Tensor>(stack[0]),
-                                  {tensor.size(0), tensor.size(tensor.dim() - 1)});
-  }
-
-  static Tensor squared(const Tensor& tensor) {
-    std::array<StableIValue, 2> stack{torch::stable::detail::from(tensor),
-                                      torch::stable::detail::from(tensor)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::mul", "Tensor", stack.data(), TORCH_ABI_VERSION));
-    return torch::stable::detail::to<Tensor>(stack[0]);
+    return torch::stable::reshape(aten::detach(tensor), {tensor.size(0), tensor.size(tensor.dim() - 1)});
   }
 
   // out = b^T a
-  static void multiply(const Tensor& b, const Tensor& a, const Tensor& out) {
-    Tensor rows = b;
-    std::array<StableIValue, 3> stack{torch::stable::detail::from(torch::stable::transpose(rows, 0, 1)),
-                                      torch::stable::detail::from(a), torch::stable::detail::from(out)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
+  static void multiply(Tensor b, const Tensor& a, const Tensor& out) {
+    aten::mm_out(torch::stable::transpose(b, 0, 1), a, out);
   }
 
   // Row (n, t) in Acc: in place where it lies so already, else in `scratch`.
@@ -364,6 +367,7 @@ class Linear {
   const Tensor &input_, &grad_output_;
   const int64_t N_, T_, I_, O_, want_;
   const StatsTensors& weight_;
+  const Acc* const sample_weights_;  // [N], or null
   const Kernels<Acc>& kernels_;
   Workspace workspace_;
   BiasStats<Acc> bias_;
@@ -371,15 +375,11 @@ class Linear {
 };
 
 TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64_t weight_want,
-                           int64_t bias_want) {
-  check_operands(input, grad_output);
+                           int64_t bias_want, bool /*tf32: of CUDA*/) {
+  check_linear_operands(input, grad_output);
   check_want(weight_want, "weight_want");
   check_want(bias_want, "bias_want");
   const int64_t last = input.dim() - 1, N = input.size(0), I = input.size(last), O = grad_output.size(last);
-  for (int64_t d = 0; d < last; ++d)
-    STD_TORCH_CHECK(input.size(d) == grad_output.size(d),
-                    "input and grad_output must agree in all dims but the last, got ", shape_text(input),
-                    " and ", shape_text(grad_output));
   StatsTensors weight(input, {O, I}, N, weight_want), bias(grad_output, {O}, N, bias_want);
   if (zero_if_empty(input, grad_output, weight, bias, weight_want)) return as_tuple(weight, bias);
   if (input.scalar_type() == ScalarType::Double)
@@ -389,9 +389,26 @@ TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64
   return as_tuple(weight, bias);
 }
 
+Tensor linear_weighted_grad(const Tensor& input, const Tensor& grad_output, const Tensor& sample_weights,
+                            bool /*tf32: of CUDA*/) {
+  check_linear_operands(input, grad_output);
+  check_sample_weights(sample_weights, input);
+  const int64_t last = input.dim() - 1, N = input.size(0), I = input.size(last), O = grad_output.size(last);
+  int64_t want = kGrad;
+  StatsTensors weight(input, {O, I}, N, want), bias(grad_output, {O}, N, 0);
+  zero_if_empty(input, grad_output, weight, bias, want);
+  const auto compute = [&]<class Acc>(Acc) {
+    const std::vector<Acc> weights = values<Acc>(sample_weights);
+    Linear<Acc>(input, grad_output, kGrad, 0, weight, bias, weights.data()).compute_weighted();
+  };
+  if (want) input.scalar_type() == ScalarType::Double ? compute(double()) : compute(float());
+  return weight.grad;
+}
+
 }  // namespace
 }  // namespace backpack_cuda::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(backpack_cuda, CPU, m) {
   m.impl("linear_grad_stats", TORCH_BOX(&backpack_cuda::cpu::linear_grad_stats));
+  m.impl("linear_weighted_grad", TORCH_BOX(&backpack_cuda::cpu::linear_weighted_grad));
 }

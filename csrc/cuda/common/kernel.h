@@ -29,3 +29,14 @@
 #include "harness/device_language.h"
 
 #endif
+
+namespace backpack_cuda::cuda {
+
+// To be called before launches with more than 48 KiB of dynamic shared memory; no operation of the stream.
+template <class... Arguments>
+cudaError_t allow_dynamic_shared(void (*kernel)(Arguments...), size_t bytes) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
+
+}  // namespace backpack_cuda::cuda

@@ -4,10 +4,9 @@
 #include <vector>
 
 #include "common/dtype.h"
-#include "cpu/kernels.h"
 #include "ops/grad_stats.h"
 
-namespace backpack_cuda::cpu {
+namespace backpack_cuda {
 
 // A result that is not wanted has shape [0].
 struct StatsTensors {
@@ -17,7 +16,7 @@ struct StatsTensors {
   Tensor sum_grad_squared;           // [*shape]
   Tensor sum_grad_centered_squared;  // [*shape]
 
-  // Uninitialised results for a parameter of this shape; dtypes after `like`.
+  // Uninitialised results for a parameter of this shape; device and dtypes after `like`.
   StatsTensors(const Tensor& like, const std::vector<int64_t>& shape, int64_t N, int64_t want);
   void fill_zero();
 };
@@ -38,12 +37,4 @@ T* data_or_null(const Tensor& tensor, bool wanted) {
   return wanted ? static_cast<T*>(tensor.mutable_data_ptr()) : nullptr;
 }
 
-Storage storage_of(const Tensor& tensor);
-
-// Writes `count` values to element `to_offset` of `to`; null where the storage is Acc itself.
-template <class Acc>
-using Convert = void (*)(const Acc* from, int64_t count, void* to, int64_t to_offset);
-template <class Acc>
-Convert<Acc> converter(Storage storage);
-
-}  // namespace backpack_cuda::cpu
+}  // namespace backpack_cuda

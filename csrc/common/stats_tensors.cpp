@@ -1,31 +1,24 @@
-#include "cpu/stats_tensors.h"
+#include "common/stats_tensors.h"
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include "cpu/result_pool.h"
 #include "cpu/workspace.h"
 
-namespace backpack_cuda::cpu {
+namespace backpack_cuda {
 namespace {
 
 Tensor result(const Tensor& like, bool wanted, const std::vector<int64_t>& shape, ScalarType dtype) {
   const std::vector<int64_t> none{0};
-  Tensor tensor = pooled_empty(like, wanted ? shape : none, dtype);
-  advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
+  if (!like.is_cpu()) return torch::stable::new_empty(like, wanted ? shape : none, dtype);
+  Tensor tensor = cpu::pooled_empty(like, wanted ? shape : none, dtype);
+  cpu::advise_huge_pages(tensor.mutable_data_ptr(), tensor.numel() * tensor.element_size());
   return tensor;
 }
 
 std::vector<int64_t> with_batch(int64_t N, std::vector<int64_t> shape) {
   shape.insert(shape.begin(), N);
   return shape;
-}
-
-template <class To>
-void convert(const float* from, int64_t count, void* to, int64_t to_offset) {
-  To* out = static_cast<To*>(to) + to_offset;
-  for (int64_t i = 0; i < count; ++i) out[i] = static_cast<To>(from[i]);
 }
 
 }  // namespace
@@ -63,30 +56,4 @@ TenStats as_tuple(const StatsTensors& weight, const StatsTensors& bias) {
   return std::tuple_cat(as_tuple(weight), as_tuple(bias));
 }
 
-Storage storage_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return kFloat32;
-    case ScalarType::Double:
-      return kFloat64;
-    case ScalarType::BFloat16:
-      return kBFloat16;
-    default:
-      STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Half, "unsupported dtype");
-      return kFloat16;
-  }
-}
-
-template <>
-Convert<float> converter<float>(Storage storage) {
-  if (storage == kBFloat16) return convert<torch::headeronly::BFloat16>;
-  if (storage == kFloat16) return convert<torch::headeronly::Half>;
-  return nullptr;
-}
-
-template <>
-Convert<double> converter<double>(Storage) {
-  return nullptr;
-}
-
-}  // namespace backpack_cuda::cpu
+}  // namespace backpack_cuda

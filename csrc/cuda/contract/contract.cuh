@@ -1,0 +1,217 @@
+// The contract kernel. A block owns one tile of the weight's [O, I] and a range of samples, whose slabs of
+// positions form one stream through a ring of asynchronous copies: while the epilogue of a sample runs, the
+// slabs of the next are under way. One barrier per slab.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/common/cuda_check.h"
+#include "cuda/contract/epilogue.cuh"
+#include "cuda/contract/fragments.cuh"
+#include "cuda/contract/loaders.cuh"
+
+namespace backpack_cuda::cuda {
+
+// All that the precision, the loaders and the tile decide.
+template <ContractPrecision kPrecision, ContractLoader kLoader, ContractTile kTile>
+struct ContractTraits {
+  static constexpr bool kHalf = kPrecision == ContractPrecision::kBFloat16 || kPrecision == ContractPrecision::kFloat16;
+  using Element = std::conditional_t<
+      !kHalf, float, std::conditional_t<kPrecision == ContractPrecision::kBFloat16, __nv_bfloat16, __half>>;
+  // A warp's 64x32 or 32x32 share: with the sum and the squares, three such tiles fit its registers.
+  static constexpr int kEdge = kTile == ContractTile::k64 ? 64 : 128, kWarpO = kEdge / 2, kWarpI = 32;
+  static constexpr int kWarpsI = kEdge / kWarpI, kWarps = 2 * kWarpsI, kThreads = 32 * kWarps;
+  static constexpr int kBlocks = kTile == ContractTile::k64 ? 3 : 1;  // per multiprocessor
+  static constexpr int kDepth = kHalf ? 16 : 8, kRows = 2 * kDepth;   // positions of an mma, of a slab
+
+  static __device__ __forceinline__ int warp_o(int warp) { return warp / kWarpsI * kWarpO; }
+  static __device__ __forceinline__ int warp_i(int warp) { return warp % kWarpsI * kWarpI; }
+
+  static constexpr bool kAlongT = kLoader == ContractLoader::kPositions;
+  using SlabA = Slab<Element, kRows, kEdge, kAlongT>;
+  using SlabB = SlabA;
+  using LoaderA = std::conditional_t<kLoader == ContractLoader::kRows, RowLoader<SlabA, kThreads>,
+                                     PatchLoader<SlabA, kThreads, kLoader == ContractLoader::kChannelsLast>>;
+  using LoaderB = std::conditional_t<
+      kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads>,
+      std::conditional_t<kLoader == ContractLoader::kElements, PatchLoader<SlabB, kThreads, false>,
+                         RowLoader<SlabB, kThreads>>>;
+  template <class B, class A>
+  struct Select {
+    using type = Tf32Fragments<B, A, kWarpO, kWarpI, kPrecision == ContractPrecision::kTf32 ? 1 : 3>;
+  };
+  template <class B, class A>
+    requires(sizeof(typename B::Element) == 2)
+  struct Select<B, A> {
+    using type = HalfFragments<B, A, kWarpO, kWarpI>;
+  };
+  using Fragments = typename Select<SlabB, SlabA>::type;
+
+  // The slabs' columns have another order than the weight's.
+  static constexpr bool kOwnOrder = kLoader == ContractLoader::kChannelsLast;
+
+  struct Shared {
+    alignas(16) Element b[kContractStages][SlabB::kElements];
+    alignas(16) Element a[kContractStages][SlabA::kElements];
+    typename LoaderA::Shared loader_a;
+    typename LoaderB::Shared loader_b;
+    ContractBlock block;
+    int weight_columns[kOwnOrder ? kEdge : 1];
+    float norms[2][2][kWarps];  // of the samples that a slab completes, up to two; for slabs of even and odd stages
+  };
+};
+
+// Neighbouring blocks share rows of b.
+template <class Traits>
+__device__ __forceinline__ ContractBlock contract_block(const ContractParams& params, int tile, int part) {
+  using Element = typename Traits::Element;
+  const int tile_i = tile % params.tiles_i, tile_o = tile / params.tiles_i % params.tiles_o;
+  const int group = tile / params.tiles_i / params.tiles_o;
+  const int split = part / params.t_splits, t_begin = part % params.t_splits * params.t_per_split;
+  return {static_cast<int>(static_cast<int64_t>(params.N) * split / params.splits),
+          static_cast<int>(static_cast<int64_t>(params.N) * (split + 1) / params.splits),
+          t_begin,
+          min(params.T, t_begin + params.t_per_split),
+          group,
+          tile_o * Traits::kEdge,
+          tile_i * Traits::kEdge,
+          static_cast<const Element*>(params.a.data) + group * params.a.stride_group,
+          static_cast<const Element*>(params.b.data) + group * params.b.stride_group};
+}
+
+template <class Traits, bool kSquares>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
+    contract_kernel(const __grid_constant__ ContractParams params) {
+  using Element = typename Traits::Element;
+  using Fragments = typename Traits::Fragments;
+  using SlabA = typename Traits::SlabA;
+  using SlabB = typename Traits::SlabB;
+  constexpr int kRows = Traits::kRows, kDepth = Traits::kDepth;
+  constexpr bool kTables = Traits::LoaderA::kTables || Traits::LoaderB::kTables;
+  KERNEL_DYNAMIC_SHARED(typename Traits::Shared, shared);
+
+  const ContractBlock& block = shared->block;
+  const typename Traits::LoaderA loader_a(params, params.a, shared->loader_a, block, block.a, block.column);
+  const typename Traits::LoaderB loader_b(params, params.b, shared->loader_b, block, block.b, block.row);
+  Epilogue<Traits, kSquares> epilogue(params, *shared);
+
+  const int tiles = params.tiles_i * params.tiles_o * params.groups;
+  const int tile = blockIdx.x % tiles, part = blockIdx.x / tiles;
+  if (threadIdx.x == 0) shared->block = contract_block<Traits>(params, tile, part);
+  __syncthreads();  // block
+  loader_a.start();
+  loader_b.start();
+  if constexpr (Traits::kOwnOrder) {
+    const int j = threadIdx.x, i = block.column + j;
+    if (j < Traits::kEdge) {
+      const int channels = params.a.channels, volume = params.I / channels;
+      shared->weight_columns[j] = i < params.I ? i % channels * volume + i / channels : -1;
+    }
+  }
+
+  // The producer is kContractStages - 1 slabs ahead of the products, and its tables one more.
+  SlabBegin next{block.n_begin, block.t_begin};
+  const auto prepare = [&](int stage, const SlabBegin& begin) {
+    if (kTables && begin.n < block.n_end) {
+      loader_a.prepare(stage, begin);
+      loader_b.prepare(stage, begin);
+    }
+  };
+  const auto load = [&](int stage) {
+    if (next.n < block.n_end) {
+      loader_b.load(shared->b[stage], stage, next);
+      loader_a.load(shared->a[stage], stage, next);
+      next.advance<kRows>(block, params.packed);
+    }
+    cp_async_commit();  // an empty group past the end keeps their number
+  };
+  if constexpr (kTables) {
+    SlabBegin begin = next;
+    for (int stage = 0; stage < kContractStages; ++stage) {
+      prepare(stage, begin);
+      begin.advance<kRows>(block, params.packed);
+    }
+  }
+  __syncthreads();  // tables
+#pragma unroll 1
+  for (int stage = 0; stage < kContractStages - 1; ++stage) load(stage);
+
+  // Norms of the samples [n, end), which the slab of this stage completed: one value per sample and tile.
+  const auto flush_norms = [&](int stage, int n, int end) {
+    const int s = threadIdx.x;
+    if (s < end - n) {
+      float total = 0;
+#pragma unroll
+      for (int w = 0; w < Traits::kWarps; ++w) total += shared->norms[stage % 2][s][w];
+      params.norms[static_cast<int64_t>(n + s) * tiles + tile] = total;
+    }
+  };
+
+  typename Fragments::Accumulator acc = {};
+  int stage = kContractStages - 1;
+  for (int n = block.n_begin; n < block.n_end; ++n) {
+    const bool second = params.packed && (n - block.n_begin) % 2;  // of two samples in a slab
+    for (int t0 = block.t_begin; t0 < block.t_end; t0 += kRows) {
+      if (!second) {
+        cp_async_wait<kContractStages - 2>();
+        __syncthreads();  // the next slab has landed for all, and all have left the last one, refilled now
+        load(stage);
+        if (params.norms && t0 == block.t_begin && n > block.n_begin) {
+          flush_norms(stage, n - (params.packed ? 2 : 1), n);
+        }
+        stage = (stage + 1) % kContractStages;
+        prepare(stage, next);  // its tables were last read three slabs ago
+      }
+      const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+      const Element* const slab_b = shared->b[stage] + SlabB::at(second * kDepth, Traits::warp_o(warp));
+      const Element* const slab_a = shared->a[stage] + SlabA::at(second * kDepth, Traits::warp_i(warp));
+      Fragments::step(acc, slab_b, slab_a, lane);
+      if (t0 + kDepth < block.t_end) {
+        Fragments::step(acc, slab_b + SlabB::at(kDepth, 0), slab_a + SlabA::at(kDepth, 0), lane);
+      }
+    }
+    epilogue.sample(acc, n, &shared->norms[stage % 2][second][threadIdx.x / 32]);
+#pragma unroll
+    for (int m = 0; m < Fragments::kM; ++m) {
+#pragma unroll
+      for (int c = 0; c < Fragments::kN; ++c) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) acc[m][c][r] = 0.f;
+      }
+    }
+  }
+  if (params.norms) {
+    __syncthreads();  // the last slab's
+    const int last = (block.n_end - block.n_begin - 1) % (params.packed ? 2 : 1);
+    flush_norms(stage, block.n_end - 1 - last, block.n_end);
+  }
+  epilogue.finish(part);
+}
+
+template <class Traits, bool kSquares>
+void launch_contract_kernel(const ContractParams& params, cudaStream_t stream) {
+  auto* const kernel = &contract_kernel<Traits, kSquares>;
+  constexpr size_t kBytes = sizeof(typename Traits::Shared);
+  check(allow_dynamic_shared(kernel, kBytes), "contract");
+  const unsigned blocks = unsigned(params.tiles_i) * params.tiles_o * params.groups * params.splits * params.t_splits;
+  KERNEL_LAUNCH(dim3(blocks), dim3(Traits::kThreads), kBytes, stream, kernel, params);
+  check(cudaGetLastError(), "contract");
+}
+
+template <class Traits>
+void launch_contract_mode(const ContractParams& params, bool squares, cudaStream_t stream) {
+  squares ? launch_contract_kernel<Traits, true>(params, stream) : launch_contract_kernel<Traits, false>(params, stream);
+}
+
+// No 128x128 with three products, as contract_plan.cpp knows: it would not fit the registers.
+template <ContractPrecision kPrecision, ContractLoader kLoader>
+void launch_contract_tile(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
+  if constexpr (kPrecision != ContractPrecision::kTf32x3) {
+    if (tile == ContractTile::k128) {
+      return launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k128>>(params, squares, stream);
+    }
+  }
+  launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k64>>(params, squares, stream);
+}
+
+}  // namespace backpack_cuda::cuda

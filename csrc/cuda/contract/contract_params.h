@@ -1,0 +1,60 @@
+// Arguments of the contract kernel: one plain struct for all instantiations, filled by contract_launch.cpp.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/contract/contract.h"
+
+namespace backpack_cuda::cuda {
+
+// An operand as a source of patches; b, and a of a Linear layer, have kernel 1. Strides in elements.
+struct ContractOperand {
+  const void* data;
+  int64_t stride_n, stride_c, stride_group, stride[3];
+  int64_t stride_t;  // of positions; only where they have a single one
+  int columns;       // of one group: channels times kernel volume
+  int channels;
+  int size[3], kernel[3], step[3], padding[3], dilation[3];
+};
+
+struct ContractParams {
+  ContractOperand a, b;
+  int N, T, O, I, groups, positions[3];
+  int tiles_o, tiles_i;           // per group
+  int splits, t_splits;           // of the samples and of the positions
+  int t_per_split;                // a multiple of the slab's rows
+  bool packed;                    // two samples per slab
+  int copy_bytes;                 // of b in ContractLoader::kPositions
+  bool vector_stores;             // results are aligned for stores of several adjacent columns
+  bool centered;                  // squares are of deviations from the split's mean
+  const float* weights;           // [N], or null
+  float* norms;                   // [N, tiles] squared norms of the tiles, or null
+  void* batch_grad;               // [N, R, I], or null
+  float* partial_sums;            // [splits * t_splits, R, I], or null with the rest: results are final
+  float* partial_squares;         // [splits, R, I]
+  void* grad;                     // [R, I], or null
+  float* sum_grad_squared;           // [R, I], or null
+  float* sum_grad_centered_squared;  // [R, I], or null
+};
+
+// Launches an instantiation; one function per .cu file.
+using ContractLauncher = void (*)(const ContractParams& params, ContractTile tile, bool squares,
+                                  cudaStream_t stream);
+#define CONTRACT_LAUNCHERS(precision)                                                                          \
+  void contract_##precision##_rows(const ContractParams&, ContractTile, bool, cudaStream_t);                   \
+  void contract_##precision##_channels_last(const ContractParams&, ContractTile, bool, cudaStream_t);          \
+  void contract_##precision##_positions(const ContractParams&, ContractTile, bool, cudaStream_t);              \
+  void contract_##precision##_elements(const ContractParams&, ContractTile, bool, cudaStream_t);
+CONTRACT_LAUNCHERS(tf32)
+CONTRACT_LAUNCHERS(tf32x3)
+CONTRACT_LAUNCHERS(bfloat16)
+CONTRACT_LAUNCHERS(float16)
+#undef CONTRACT_LAUNCHERS
+
+// Second pass after splits of the positions: adds the parts of each G_n and does all that the kernel would
+// have done with it. `norms` are then [N, ceil(R I / 32)].
+void contract_join_parts(const ContractParams& params, Element element, cudaStream_t stream);
+
+}  // namespace backpack_cuda::cuda

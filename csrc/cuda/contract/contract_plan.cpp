@@ -1,0 +1,196 @@
+// Which instantiation of the contract kernel serves a problem, and how its work is cut.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/contract/contract.h"
+
+namespace backpack_cuda::cuda {
+namespace {
+
+constexpr int kDims = 3;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+bool divides(int64_t bytes, int64_t value) { return value % bytes == 0; }
+bool divides(int64_t bytes, const void* address) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
+
+// The distance between adjacent positions, walked in order, of an operand with these strides; -1 if it varies.
+int64_t stride_of_positions(const OuterProblem& p, const int64_t (&strides)[kDims]) {
+  int64_t stride = 0, extent = 1;  // of the dims seen so far, from the last
+  for (int d = kDims - 1; d >= 0; --d) {
+    if (p.positions[d] == 1) continue;
+    if (extent == 1) {
+      stride = strides[d];
+    } else if (strides[d] != stride * extent) {
+      return -1;
+    }
+    extent *= p.positions[d];
+  }
+  return stride;
+}
+
+int64_t b_stride_of_positions(const OuterProblem& p) { return stride_of_positions(p, p.b.stride); }
+
+// Kernel 1: a is read where b is, perhaps with a step, and nowhere outside. Otherwise -1.
+int64_t a_stride_of_positions(const OuterProblem& p) {
+  int64_t strides[kDims];
+  for (int d = 0; d < kDims; ++d) {
+    if (p.kernel[d] != 1 || p.padding[d] != 0) return -1;
+    if (int64_t{p.positions[d] - 1} * p.step[d] >= p.size[d]) return -1;
+    strides[d] = p.a.stride[d] * p.step[d];
+  }
+  return stride_of_positions(p, strides);
+}
+
+// Rows of adjacent channels that can be copied 16 bytes at a time. Strides that are never walked do not matter.
+bool has_wide_rows(const OuterProblem& p, const Operand& x, int channels) {
+  const int64_t elements = 16 / element_size(p.element);
+  return (x.stride_c == 1 || (channels == 1 && p.groups == 1)) && divides(16, x.data) &&
+         (p.N == 1 || divides(elements, x.stride_n)) && (p.groups == 1 || divides(elements, channels));
+}
+
+bool rows_apply(const OuterProblem& p) {
+  const int64_t elements = 16 / element_size(p.element);
+  const int64_t stride_a = a_stride_of_positions(p), stride_b = b_stride_of_positions(p);
+  return has_wide_rows(p, p.a, p.channels) && has_wide_rows(p, p.b, p.O) && stride_a >= 0 && stride_b >= 0 &&
+         divides(elements, stride_a) && divides(elements, stride_b);
+}
+
+bool channels_last_applies(const OuterProblem& p) {
+  const int64_t elements = 16 / element_size(p.element), stride_b = b_stride_of_positions(p);
+  bool aligned = divides(elements, p.channels);
+  for (int d = 0; d < kDims; ++d) aligned = aligned && (p.size[d] == 1 || divides(elements, p.a.stride[d]));
+  return aligned && has_wide_rows(p, p.a, p.channels) && has_wide_rows(p, p.b, p.O) && stride_b >= 0 &&
+         divides(elements, stride_b);
+}
+
+// T = 1 counts as adjacent.
+bool positions_apply(const OuterProblem& p) { return p.T() == 1 || b_stride_of_positions(p) == 1; }
+
+int widest_copy_along_positions(const OuterProblem& p) {
+  for (int bytes = 16; bytes > element_size(p.element); bytes /= 2) {
+    const int64_t elements = bytes / element_size(p.element);
+    if (divides(bytes, p.b.data) && (p.N == 1 || divides(elements, p.b.stride_n)) &&
+        ((p.O == 1 && p.groups == 1) || divides(elements, p.b.stride_c))) {
+      return bytes;
+    }
+  }
+  return element_size(p.element);
+}
+
+ContractLoader choose_loader(const OuterProblem& p, int64_t forced) {
+  const bool applies[] = {rows_apply(p), channels_last_applies(p), positions_apply(p), true};
+  if (forced >= 1 && forced <= 4 && applies[forced - 1]) return static_cast<ContractLoader>(forced);
+  if (applies[0]) return ContractLoader::kRows;
+  if (applies[1]) return ContractLoader::kChannelsLast;
+  // With one position there is nothing adjacent: elements, lanes mostly along the channels.
+  if (applies[2] && p.T() > 1) return ContractLoader::kPositions;
+  return ContractLoader::kElements;
+}
+
+ContractPrecision choose_precision(const OuterProblem& p) {
+  switch (p.element) {
+    case Element::kBFloat16:
+      return ContractPrecision::kBFloat16;
+    case Element::kFloat16:
+      return ContractPrecision::kFloat16;
+    default:
+      return p.tf32 ? ContractPrecision::kTf32 : ContractPrecision::kTf32x3;
+  }
+}
+
+int tile_edge(ContractTile tile) { return tile == ContractTile::k64 ? 64 : 128; }
+// Three blocks of 128 threads or one of 256: what registers allow (docs/kernel_registers.md).
+int64_t blocks_at_a_time(ContractTile tile, int sm_count) {
+  return int64_t{sm_count} * (tile == ContractTile::k64 ? 3 : 1);
+}
+int64_t count_tiles(const OuterProblem& p, ContractTile tile) {
+  return p.groups * ceil_div(p.O, tile_edge(tile)) * ceil_div(p.I(), tile_edge(tile));
+}
+
+// 128x128 reads half as much per flop; where that does not decide, 64x64 is the better choice.
+ContractTile choose_tile(const OuterProblem& p, ContractPrecision precision, int sm_count, int64_t forced) {
+  // Three products per step: the tensor cores are the limit with either tile, and 128x128 would spill.
+  if (precision == ContractPrecision::kTf32x3) return ContractTile::k64;
+  if (forced == 1) return ContractTile::k64;
+  if (forced == 2) return ContractTile::k128;
+  // The epilogue takes as long as the products of some 30 positions. The main loops of two other blocks hide
+  // it, which 128x128 does not have.
+  if (p.T() < 64) return ContractTile::k64;
+  const int64_t large = count_tiles(p, ContractTile::k128), small = count_tiles(p, ContractTile::k64);
+  // Too much of the large tiles would be empty: an eighth costs as much as the traffic saves.
+  if (large * 4 * 8 > small * 9) return ContractTile::k64;
+  // Too few of them for one per multiprocessor.
+  if (large * p.N < sm_count) return ContractTile::k64;
+  return ContractTile::k128;
+}
+
+// How well `splits` use the chip: the share of the places that work, over all rounds of blocks.
+double efficiency(int64_t tiles, int64_t samples, int64_t splits, int64_t places) {
+  const double rounds = static_cast<double>(ceil_div(tiles * splits, places));
+  const double longest = static_cast<double>(ceil_div(samples, splits));  // samples of one split
+  return static_cast<double>(tiles * samples) / (rounds * longest * static_cast<double>(places));
+}
+
+// The fewest that come within a tenth of the best: each split costs a partial sum.
+int choose_splits(int64_t tiles, int64_t samples, int64_t places, int64_t forced) {
+  if (forced > 0) return static_cast<int>(std::min(forced, samples));
+  const int64_t most = std::clamp<int64_t>(2 * places / tiles, 1, samples);  // bounds the workspace
+  double best = 0;
+  for (int64_t s = 1; s <= most; ++s) best = std::max(best, efficiency(tiles, samples, s, places));
+  int64_t splits = 1;
+  while (efficiency(tiles, samples, splits, places) < 0.9 * best) ++splits;
+  return static_cast<int>(splits);
+}
+
+// Splits of the positions, for few samples of many positions: else blocks would be missing. Not below eight
+// slabs each, which is what filling the ring costs twice.
+int64_t choose_t_splits(const OuterProblem& p, int64_t tiles, int64_t places, int slab_rows, int64_t forced) {
+  if (forced > 0) return std::min<int64_t>(forced, ceil_div(p.T(), slab_rows));
+  return std::max<int64_t>(1, std::min(places / (tiles * p.N), p.T() / (int64_t{8} * slab_rows)));
+}
+
+int64_t aligned_bytes(int64_t floats) { return ceil_div(floats * 4, 256) * 256; }
+
+}  // namespace
+
+ContractPlan plan_contract(const OuterProblem& p, const StatsOutputs& outputs, int sm_count,
+                           const Options& options) {
+  if (options.sm_count > 0) sm_count = static_cast<int>(options.sm_count);
+  const int mma_depth = p.element == Element::kFloat32 ? 8 : 16, slab_rows = 2 * mma_depth;
+  ContractPlan plan{};
+  plan.precision = choose_precision(p);
+  plan.loader = choose_loader(p, options.loader);
+  plan.copy_bytes = widest_copy_along_positions(p);
+  plan.tile = choose_tile(p, plan.precision, sm_count, options.tile);
+  plan.tiles_o = static_cast<int>(ceil_div(p.O, tile_edge(plan.tile)));
+  plan.tiles_i = static_cast<int>(ceil_div(p.I(), tile_edge(plan.tile)));
+  const int64_t tiles = count_tiles(p, plan.tile), places = blocks_at_a_time(plan.tile, sm_count);
+  const int64_t count = int64_t{p.groups} * p.O * p.I();
+
+  plan.t_splits = static_cast<int>(choose_t_splits(p, tiles, places, slab_rows, options.t_splits));
+  plan.t_per_split = static_cast<int>(ceil_div(ceil_div(p.T(), plan.t_splits), slab_rows) * slab_rows);
+  plan.t_splits = static_cast<int>(ceil_div(p.T(), plan.t_per_split));  // rounding up may leave fewer
+  const bool parts = plan.t_splits > 1;
+  plan.squares = !parts && outputs.squares();
+  plan.packed = !parts && p.T() <= mma_depth;
+  if (p.N * plan.t_splits > INT32_MAX || tiles > INT32_MAX) throw std::invalid_argument("contract: too many samples");
+  plan.splits = parts ? static_cast<int>(p.N) : choose_splits(tiles, p.N, places, options.splits);
+  if (tiles * plan.splits * plan.t_splits > INT32_MAX) throw std::invalid_argument("contract: too many tiles");
+
+  int64_t end = 0;
+  const auto reserve = [&end](int64_t floats) {
+    const int64_t begin = end;
+    end += aligned_bytes(floats);
+    return begin;
+  };
+  plan.norm_columns = parts ? ceil_div(count, 32) : tiles;  // the second pass has a partial norm per warp
+  plan.norms_at = reserve(outputs.batch_l2 && plan.norm_columns > 1 ? p.N * plan.norm_columns : 0);
+  const bool sum = parts || (plan.splits > 1 && (outputs.grad || outputs.squares()));
+  plan.sums_at = reserve(sum ? int64_t{plan.splits} * plan.t_splits * count : 0);
+  plan.squares_at = reserve(plan.splits > 1 && plan.squares ? plan.splits * count : 0);
+  plan.workspace_bytes = end;
+  return plan;
+}
+
+}  // namespace backpack_cuda::cuda

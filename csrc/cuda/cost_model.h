@@ -1,0 +1,36 @@
+// Which kernels compute a set of results: the flops and bytes of every way, and the choice.
+#pragma once
+
+#include "cuda/common/options.h"
+#include "cuda/common/outer_problem.h"
+
+namespace backpack_cuda::cuda {
+
+// Values of the test switch "way".
+enum class Way : int {
+  kContract = 1,   // everything in one pass of the contraction
+  kSeparate = 2,   // Linear: grad by the library's product, norms by outer_norm (T = 1) or gram_norm, squares
+                   // for T = 1 by square_gemm; reads the operands once for each
+  kDepthwise = 3,  // convolutions: scalar arithmetic, one pass, no waste where groups have few channels
+};
+
+// Seconds on a model of an H100. The figures are assumptions of data sheets, not measurements; only their
+// ratios matter.
+struct Cost {
+  double products = 0;  // seconds of multiplications, padded to the kernels' tiles
+  double bytes = 0;     // of operands and per-sample results, each as often as it is read or written
+  double epilogue = 0;  // seconds of the work at sample boundaries
+  int launches = 0;
+
+  double seconds() const;
+};
+
+Cost cost_of(Way way, const OuterProblem& problem, const StatsOutputs& out);
+
+// Whether the way can compute these results. `linear`: the problem is a Linear layer's.
+bool applies(Way way, const OuterProblem& problem, const StatsOutputs& out, bool linear);
+
+// The cheapest way that applies, or the one that `options` ask for.
+Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear, const Options& options);
+
+}  // namespace backpack_cuda::cuda

@@ -1,0 +1,103 @@
+// How the work of gram_norm is cut.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/gram_norm/gram_norm.h"
+
+namespace backpack_cuda::cuda {
+namespace {
+
+constexpr int kSlabBytes = 128;  // of one row
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+// Blocks per multiprocessor, as the kernels' registers and shared memory allow (gram_norm.cuh).
+int blocks_per_multiprocessor(int tile) { return tile == 128 ? 1 : tile == 64 ? 3 : 6; }
+
+int copy_bytes(const GramOperand& x, const GramNormParams& p, int columns) {
+  const int size = element_size(p.element);
+  if (x.stride_c != 1 && columns > 1) return 0;
+  const auto divides = [&](int bytes) {
+    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && (p.N == 1 || x.stride_n * size % bytes == 0) &&
+           (p.T == 1 || x.stride_t * size % bytes == 0);
+  };
+  return divides(16) ? 16 : divides(4) ? 4 : 0;
+}
+
+int64_t slabs(const GramNormParams& p) {
+  const int64_t size = element_size(p.element);
+  return ceil_div(p.I * size, kSlabBytes) + ceil_div(p.O * size, kSlabBytes);
+}
+
+void cut_rows(const GramNormParams& p, GramNormPlan& plan) {
+  const int64_t row_blocks = ceil_div(p.T, plan.tile);
+  plan.slot = plan.tile;
+  if (plan.tile == 32) {
+    while (plan.slot / 2 >= p.T) plan.slot /= 2;
+  }
+  const int64_t pairs = row_blocks * (row_blocks + 1) / 2;
+  plan.units = ceil_div(p.N, plan.tile / plan.slot) * pairs;
+  if (plan.units > INT32_MAX) throw std::invalid_argument("gram_norm: too many samples");
+  plan.pairs = static_cast<int>(pairs);
+}
+
+// Units alone may leave multiprocessors idle; four slabs per block are the least that hides the filling of
+// the ring of slabs.
+int choose_splits(const GramNormParams& p, const GramNormPlan& plan, int sm_count) {
+  const int64_t places = int64_t{sm_count} * blocks_per_multiprocessor(plan.tile);
+  return static_cast<int>(std::clamp<int64_t>(slabs(p) / 4, 1, std::max<int64_t>(1, places / plan.units)));
+}
+
+// Clocks of one multiprocessor for the whole problem, on a model of an H100 (assumptions, not measurements):
+// mma.sync does 1300 TF32 or 2600 16-bit flops per clock, and 24 bytes per clock come from the L2 cache.
+double clocks(const GramNormParams& p, const GramNormPlan& plan, int sm_count) {
+  const double terms = p.element == Element::kFloat32 && !p.tf32 ? 3 : 1, tile = plan.tile;
+  const double products = terms * 2 * tile * tile * (kSlabBytes / 4) / 1300;  // per slab, either element size
+  const double loads = (plan.pairs == 1 ? 1 : 2) * tile * kSlabBytes / 24;
+  const int per_multiprocessor = blocks_per_multiprocessor(plan.tile);
+  const double rounds =
+      static_cast<double>(ceil_div(plan.units * plan.splits, int64_t{sm_count} * per_multiprocessor));
+  const double per_block =
+      static_cast<double>(ceil_div(slabs(p), plan.splits)) * std::max(products, loads) * per_multiprocessor;
+  return rounds * (per_block + 1500) + (plan.splits > 1 ? 5000 : 0);
+}
+
+}  // namespace
+
+GramNormPlan plan_gram_norm(const GramNormParams& p, int sm_count, const Options& options) {
+  if (options.sm_count > 0) sm_count = static_cast<int>(options.sm_count);
+  GramNormPlan best{};
+  double least = 0;
+  for (const int tile : {32, 64, 128}) {
+    const int number = tile == 64 ? 1 : tile == 128 ? 2 : 3;
+    if (options.tile >= 1 && options.tile <= 3) {
+      if (options.tile != number) continue;
+    } else if (tile == 32 ? p.T > 32 : p.T <= tile / 2) {
+      continue;  // off the diagonal 32 rows load too much per flop; of 64, half would be empty
+    }
+    GramNormPlan plan{};
+    plan.tile = tile;
+    cut_rows(p, plan);
+    plan.splits = choose_splits(p, plan, sm_count);
+    const double cost = clocks(p, plan, sm_count);
+    if (best.tile == 0 || cost < least) best = plan, least = cost;
+  }
+  if (options.splits > 0) best.splits = static_cast<int>(std::clamp<int64_t>(options.splits, 1, slabs(p)));
+  best.copy_a = copy_bytes(p.a, p, p.I);
+  best.copy_b = copy_bytes(p.b, p, p.O);
+
+  best.norms_at = 0;
+  best.parts_at = align(best.pairs > 1 ? p.N * best.pairs * 4 : 0);
+  const int64_t part_bytes = int64_t{2} * best.tile * best.tile * 4;
+  best.workspace_bytes = best.parts_at + (best.splits > 1 ? best.units * best.splits * part_bytes : 0);
+
+  const double columns = static_cast<double>(slabs(p)) * (kSlabBytes / element_size(p.element));
+  const double units = static_cast<double>(best.units), tile = best.tile;
+  const double diagonal = units * static_cast<double>(ceil_div(p.T, best.tile)) / best.pairs;
+  best.flops = 2 * tile * tile * columns * units;
+  best.bytes = tile * (2 * units - diagonal) * columns * element_size(p.element);
+  return best;
+}
+
+}  // namespace backpack_cuda::cuda

@@ -1,0 +1,64 @@
+// Kernels of the second passes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "cuda/common/moments.cuh"
+#include "cuda/merge/merge.h"
+
+namespace backpack_cuda::cuda {
+
+constexpr int kMergeThreads = 256;
+constexpr int kSumRowsPerBlock = 8;  // a warp each
+
+// A lane's share and the butterfly have a fixed order.
+static __global__ void __launch_bounds__(32 * kSumRowsPerBlock)
+    sum_rows_kernel(const float* __restrict__ partial,  // [rows, columns]
+                    float* __restrict__ out,            // [rows]
+                    int64_t rows, int64_t columns) {
+  const int lane = threadIdx.x % 32;
+  for (int64_t row = int64_t{blockIdx.x} * kSumRowsPerBlock + threadIdx.x / 32; row < rows;
+       row += int64_t{gridDim.x} * kSumRowsPerBlock) {
+    float total = 0;
+#pragma unroll 4
+    for (int64_t c = lane; c < columns; c += 32) total += partial[row * columns + c];
+#pragma unroll
+    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+    if (lane == 0) out[row] = total;
+  }
+}
+
+// One thread per element of the parameter. Neighbouring threads read neighbouring elements of each split.
+template <class T>
+__global__ void __launch_bounds__(kMergeThreads)
+    merge_splits_kernel(SplitSums sums, T* __restrict__ grad,             // [count]
+                        float* __restrict__ sum_grad_squared,             // [count]
+                        float* __restrict__ sum_grad_centered_squared) {  // [count]
+  const int64_t step = int64_t{gridDim.x} * kMergeThreads;
+  for (int64_t e = int64_t{blockIdx.x} * kMergeThreads + threadIdx.x; e < sums.count; e += step) {
+    float total = 0;
+    if (sums.sum) {
+#pragma unroll 4
+      for (int s = 0; s < sums.splits; ++s) total += sums.sum[s * sums.count + e];
+    }
+    if (grad) grad[e] = static_cast<T>(total);
+    if (!sums.square) continue;
+    const float inverse_N = 1.f / static_cast<float>(sums.N), mean = total * inverse_N;
+    float square = 0;
+    for (int s = 0; s < sums.splits; ++s) {
+      square += sums.square[s * sums.count + e];
+      if (sums.centered) {  // the split's own deviation from the mean of all
+        const float n = static_cast<float>(sums.N * (s + 1) / sums.splits - sums.N * s / sums.splits);
+        const float difference = sums.sum[s * sums.count + e] / n - mean;
+        square = fmaf(difference * n, difference, square);
+      }
+    }
+    if (sum_grad_centered_squared) sum_grad_centered_squared[e] = square;
+    if (sum_grad_squared) {
+      sum_grad_squared[e] = sums.centered ? uncentered(square, total, inverse_N) : square;
+    }
+  }
+}
+
+}  // namespace backpack_cuda::cuda

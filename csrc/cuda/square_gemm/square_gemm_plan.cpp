@@ -1,0 +1,106 @@
+// How the work of square_gemm is cut.
+#include <algorithm>
+#include <stdexcept>
+
+#include "cuda/square_gemm/square_gemm.h"
+
+namespace backpack_cuda::cuda {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+
+int copy_bytes(const SquareOperand& x, const SquareGemmParams& p, int columns) {
+  const int size = element_size(p.element);
+  if (x.stride_c != 1 && columns > 1) return 0;
+  const auto divides = [&](int bytes) {
+    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && (p.N == 1 || x.stride_n * size % bytes == 0);
+  };
+  return divides(16) ? 16 : divides(4) ? 4 : 0;
+}
+
+bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// Clocks of the chip on a model of an H100 (assumptions, not measurements): per multiprocessor and clock,
+// mma.sync does 1300 TF32 or 2600 16-bit flops, and 24 bytes come from the L2 cache.
+struct Model {
+  const SquareGemmParams& p;
+  int sm_count;
+  bool sums;
+
+  int blocks_per_multiprocessor(int tile) const { return tile == 128 ? 1 : 3; }  // registers: square_gemm.cuh
+  int64_t places(int tile) const { return int64_t{sm_count} * blocks_per_multiprocessor(tile); }
+  int64_t tiles(int tile) const { return ceil_div(p.O, tile) * ceil_div(p.I, tile); }
+  int slab_rows() const { return p.element == Element::kFloat32 ? 16 : 32; }
+  int64_t slabs() const { return ceil_div(p.N, slab_rows()); }
+
+  double clocks(int tile, int64_t splits) const {
+    const double area = double(tile) * tile, terms = p.element == Element::kFloat32 && !p.tf32 ? 3 : 1;
+    const double sum_share = !sums ? 0 : p.element == Element::kFloat32 ? 1 : 0.5;
+    const double products = 2 * area * slab_rows() * terms * (1 + sum_share) / 1300;
+    const double loads = 2.0 * tile * slab_rows() * element_size(p.element) / 24;
+    const double rounds = double(ceil_div(tiles(tile) * splits, places(tile)));
+    const double block = double(ceil_div(slabs(), splits)) * std::max(products, loads) + 4 * area * 4 / 24;
+    // Partial sums are written and read again, at half of the L2 cache's rate.
+    const double merge =
+        splits == 1 ? 0 : 5000 + 2.0 * double(splits) * p.O * p.I * 4 * (1 + sums) / (12.0 * sm_count);
+    return rounds * (block * blocks_per_multiprocessor(tile) + 1500) + merge;
+  }
+};
+
+}  // namespace
+
+SquareGemmPlan plan_square_gemm(const SquareGemmParams& p, const StatsOutputs& outputs, int sm_count,
+                                const Options& options) {
+  if (!outputs.squares()) throw std::invalid_argument("square_gemm: no sum of squares is wanted");
+  if (options.sm_count > 0) sm_count = static_cast<int>(options.sm_count);
+  SquareGemmPlan plan{};
+  plan.sums = outputs.grad || outputs.sum_grad_centered_squared;
+  const Model model{p, sm_count, plan.sums};
+  if (model.slabs() > INT32_MAX) throw std::invalid_argument("square_gemm: too many samples");
+  plan.slabs = static_cast<int>(model.slabs());
+
+  double least = 0;
+  for (const int tile : {64, 128}) {
+    if (tile == 128) {
+      // Three products per step: the tensor cores are the limit with either tile, and the registers only just
+      // suffice for the large one.
+      if (p.element == Element::kFloat32 && !p.tf32) continue;
+      if (options.tile == 1) continue;
+    } else if (options.tile == 2 && (p.element != Element::kFloat32 || p.tf32)) {
+      continue;
+    }
+    // At most two rounds of blocks, which bounds the workspace, and two slabs per block.
+    const int64_t most =
+        std::min(std::max<int64_t>(1, 2 * model.places(tile) / model.tiles(tile)), ceil_div(plan.slabs, 2));
+    for (int64_t splits = 1; splits <= most; ++splits) {
+      const double cost = model.clocks(tile, splits);
+      if (plan.tile == 0 || cost < least) {
+        least = cost;
+        plan.tile = tile;
+        plan.splits = static_cast<int>(splits);
+      }
+    }
+  }
+  if (options.splits > 0) plan.splits = static_cast<int>(std::clamp<int64_t>(options.splits, 1, plan.slabs));
+  plan.tiles = model.tiles(plan.tile);
+  if (plan.tiles > INT32_MAX || plan.splits > 65535)
+    throw std::invalid_argument("square_gemm: too many tiles");
+  plan.copy_a = copy_bytes(p.a, p, p.I);
+  plan.copy_b = copy_bytes(p.b, p, p.O);
+  plan.vector_store = p.I % 4 == 0 && aligned(outputs.grad) && aligned(outputs.sum_grad_squared) &&
+                      aligned(outputs.sum_grad_centered_squared);
+
+  const int64_t count = plan.splits > 1 ? int64_t{plan.splits} * p.O * p.I * 4 : 0;  // bytes
+  plan.squares_at = 0;
+  plan.sums_at = align(count);
+  plan.workspace_bytes = plan.sums_at + (plan.sums ? align(count) : 0);
+
+  const double area = double(plan.tile) * plan.tile * double(plan.tiles);
+  const double rows = double(plan.slabs) * model.slab_rows();
+  plan.flops = 2 * rows * area * (1 + plan.sums);
+  plan.bytes = 2 * rows * area / plan.tile * element_size(p.element);
+  return plan;
+}
+
+}  // namespace backpack_cuda::cuda

@@ -1,0 +1,10 @@
+#include "cuda/square_gemm/square_gemm.cuh"
+
+namespace backpack_cuda::cuda {
+
+void square_gemm_tf32x3(const SquareGemmParams& params, const StatsOutputs& outputs,
+                        const SquareGemmPlan& plan, void* workspace, cudaStream_t stream) {
+  launch_square_gemm<float, 3>(params, outputs, plan, workspace, stream);
+}
+
+}  // namespace backpack_cuda::cuda

@@ -1,0 +1,20 @@
+#include "ops/outer_stats_cuda.h"
+
+#include "cuda/contract/contract.h"
+#include "cuda/depthwise/depthwise.h"
+
+namespace backpack_cuda::cuda {
+
+void contract_stats(const OuterProblem& problem, const StatsOutputs& out, const CudaCall& call) {
+  const ContractPlan plan = plan_contract(problem, out, call.sm_count(), options());
+  const Tensor workspace = call.workspace(plan.workspace_bytes);
+  launch_contract(problem, out, plan, workspace.mutable_data_ptr(), call.stream);
+}
+
+void depthwise_stats(const OuterProblem& problem, const StatsOutputs& out, const CudaCall& call) {
+  const DepthwisePlan plan = plan_depthwise(problem, out, call.sm_count(), options());
+  const Tensor workspace = call.workspace(plan.workspace_bytes);
+  launch_depthwise(problem, out, plan, workspace.mutable_data_ptr(), call.stream);
+}
+
+}  // namespace backpack_cuda::cuda

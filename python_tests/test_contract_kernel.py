@@ -1,0 +1,355 @@
+"""The contract kernel on the CUDA-on-CPU harness: results, sanitizers, planted faults, plans."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import contract_on_cpu as program
+import pytest
+from harness_tools import (
+    ADDRESS,
+    OUT_OF_BOUNDS,
+    PLAIN,
+    RACE,
+    REPORTED,
+    SEEDS,
+    THREAD,
+    WRONG,
+    Fault,
+    FaultyLibraries,
+    check_fault,
+    harness_build,
+    needs_harness,
+    run_script,
+)
+
+PRECISIONS = list(program.DEPTH)
+LOADERS = program.LOADERS
+FOLDER = "cuda/contract"
+KERNEL, EPILOGUE, FRAGMENTS, TABLES, SLAB, LAUNCH, PLAN, JOIN = (
+    f"{FOLDER}/{name}"
+    for name in (
+        "contract.cuh",
+        "epilogue.cuh",
+        "fragments.cuh",
+        "loaders.cuh",
+        "slab.cuh",
+        "contract_launch.cpp",
+        "contract_plan.cpp",
+        "contract_join_parts.cu",
+    )
+)
+MOMENTS = "cuda/common/moments.cuh"
+# Fewer instantiations, for libraries that see small tiles only.
+SMALL_TILE = (KERNEL, "if constexpr (kPrecision != ContractPrecision::kTf32x3) {", "if constexpr (false) {")
+
+
+def build(precision, loaders, **options):
+    sources = ["contract_plan.cpp", "contract_launch.cpp", "contract_join_parts.cu"]
+    sources += [f"contract_{precision}_{loader}.cu" for loader in loaders]
+    others = ["cuda/merge/merge.cu", "harness/tests/contract_entry.cpp", "harness/tests/contract_launchers.cpp"]
+    return harness_build.build([*(f"{FOLDER}/{source}" for source in sources), *others], **options)
+
+
+def run(library, precision, loaders, amount, *flags, **options):
+    script = Path(__file__).with_name("contract_on_cpu.py")
+    return run_script(script, library, precision, ",".join(loaders), amount, *flags, **options)
+
+
+@needs_harness
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_contract(precision):
+    """Every loader, epilogue, tile and kind of split; and the same bits on every schedule."""
+    library = build(precision, LOADERS)
+
+    def run_one(job):
+        loaders, amount, seed = job
+        done = run(library, precision, loaders, amount, CUDA_ON_CPU_SEED=seed)
+        assert done.returncode == 0, f"{job}\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    full = [([loader], "full", 0) for loader in LOADERS]
+    small = [(LOADERS, "small", seed) for seed in SEEDS]
+    with ThreadPoolExecutor(2) as pool:
+        outputs = list(pool.map(run_one, full + small))
+    assert all(int(output.split()[0]) > 100 for output in outputs), outputs
+    assert len(set(outputs[len(full) :])) == 1, outputs
+
+
+@needs_harness
+@pytest.mark.parametrize("sanitizer", ["thread", "address"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_contract_under_sanitizers(precision, sanitizer):
+    """With several blocks at a time, for races between them, and buffers without slack."""
+    library = build(precision, LOADERS, sanitizer=sanitizer, patches=[SMALL_TILE])
+    flags = ["--exact", "--small-tile"]
+    done = run(library, precision, LOADERS, "small", *flags, sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ---- planted faults ----
+
+SLAB_BARRIER = "__syncthreads();  // the next slab has landed"
+LAST_BARRIER = "__syncthreads();  // the last slab's"
+NORM_LEFT = "epilogue.sample(acc, n, &shared->norms[stage % 2]"
+NORM_READ = "total += shared->norms[stage % 2][s][w];"
+
+
+def wrong(*patches, report="wrong, got"):
+    return Fault(PLAIN, WRONG, report, list(patches))
+
+
+def race(*patches):
+    return Fault(THREAD, RACE, "data race", list(patches))
+
+
+def outside(*patches):  # of an operand: copies are the harness' own
+    return Fault(ADDRESS, REPORTED, "reads out of bounds", list(patches))
+
+
+def outside_at_store(*patches):
+    return Fault(ADDRESS, OUT_OF_BOUNDS, "heap-buffer-overflow|misaligned address", list(patches))
+
+
+# name: (precision, loader, fault)
+FAULTS = {
+    # the pipeline
+    "no barrier between slabs": ("tf32", "rows", wrong((KERNEL, SLAB_BARRIER, "//"))),
+    "the same, under ThreadSanitizer": ("tf32", "rows", race((KERNEL, SLAB_BARRIER, "//"))),
+    "no wait for copies": ("tf32", "rows", wrong((KERNEL, "cp_async_wait<kContractStages - 2>();", ""))),
+    "a wait for one slab too few": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "<kContractStages - 2>();", "<kContractStages - 1>();")),
+    ),
+    "the refill overtakes its readers": (
+        "tf32",
+        "rows",
+        race((KERNEL, "load(stage);\n        if", "load((stage + 1) % kContractStages);\n        if")),
+    ),
+    "no barrier after the block's description": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "__syncthreads();  // block", ""), report=""),
+    ),
+    "no barrier after the tables": ("tf32", "elements", race((KERNEL, "__syncthreads();  // tables", ""))),
+    "the table of a slab in use": (
+        "tf32",
+        "elements",
+        wrong((KERNEL, "prepare(stage, next);", "prepare((stage + 1) % kContractStages, next);")),
+    ),
+    "the empty group past the end is left out": (
+        "tf32",
+        "rows",
+        wrong(
+            (
+                KERNEL,
+                "      next.advance<kRows>(block, params.packed);\n    }\n    cp_async_commit();",
+                "      next.advance<kRows>(block, params.packed);\n      cp_async_commit();\n    }",
+            )
+        ),
+    ),
+    # sample boundaries
+    "no reset at a sample boundary": ("tf32", "rows", wrong((KERNEL, "acc[m][c][r] = 0.f;", ";"))),
+    "packed samples overlap": (
+        "tf32",
+        "rows",
+        wrong((SLAB, "t = begin.t0 + row - (second ? Slab::kDepth : 0);", "t = begin.t0 + row;")),
+    ),
+    "a packed sample past the end": ("tf32", "rows", outside((SLAB, "n < block.n_end && t", "t"))),
+    "packed samples one at a time": ("tf32", "rows", wrong((SLAB, "n += packed ? 2 : 1;", "n += 1;"))),
+    "a position past the end": ("tf32", "rows", wrong((SLAB, "t < block.t_end;", "t <= block.t_end;"))),
+    "the same, under AddressSanitizer": ("tf32", "rows", outside((SLAB, "t < block.t_end;", "t <= block.t_end;"))),
+    "the second half of the last slab is left out": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "if (t0 + kDepth < block.t_end) {", "if (t0 + kRows < block.t_end) {")),
+    ),
+    "the first sample of another split": (
+        "tf32",
+        "rows",
+        wrong(
+            (
+                KERNEL,
+                "params.N) * (split + 1) / params.splits)",
+                "params.N) * (split + 1) / params.splits) + (split == 0)",
+            ),
+            report="",
+        ),
+    ),
+    # norms
+    "norms without the last barrier": ("tf32", "rows", race((KERNEL, LAST_BARRIER, "//"))),
+    "norms in one buffer": (
+        "tf32",
+        "rows",
+        race(
+            (KERNEL, NORM_LEFT, NORM_LEFT.replace("stage % 2", "0")),
+            (KERNEL, NORM_READ, NORM_READ.replace("stage % 2", "0")),
+        ),
+    ),
+    "a warp's norm is left out": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "for (int w = 0; w < Traits::kWarps;", "for (int w = 1; w < Traits::kWarps;")),
+    ),
+    "all tiles' norms in one place": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "static_cast<int64_t>(n + s) * tiles + tile]", "static_cast<int64_t>(n + s) * tiles]")),
+    ),
+    "a step of the warp's sum is missing": ("tf32", "rows", wrong((EPILOGUE, "lanes = 16;", "lanes = 8;"))),
+    # fragments
+    "halves and rows of a fragment swapped": (
+        "tf32",
+        "rows",
+        wrong((FRAGMENTS, "b_hi[v / 2][v % 2 + 2 * half]", "b_hi[v / 2][v % 2 * 2 + half]")),
+    ),
+    "the columns of a lane in the wrong order": (
+        "tf32",
+        "rows",
+        wrong((FRAGMENTS, "2 * (lane % 4) + run % 2, run", "lane % 4 + 4 * (run % 2), run")),
+    ),
+    "columns four apart in column-major slabs": (
+        "tf32",
+        "positions",
+        wrong((FRAGMENTS, "from[Slab::at(0, 8 * j)]", "from[Slab::at(0, 4 * j)]")),
+    ),
+    "a product of the three is missing": (
+        "tf32x3",
+        "rows",
+        wrong((FRAGMENTS, "mma_tf32(product[m], b_lo[m], a_hi);", ";"), report=""),
+    ),
+    "matrices of b swapped": (
+        "bfloat16",
+        "rows",
+        wrong((FRAGMENTS, "matrix / 2 * 8, 16 * m + matrix % 2 * 8", "matrix % 2 * 8, 16 * m + matrix / 2 * 8")),
+    ),
+    "matrices of a swapped": (
+        "float16",
+        "positions",
+        wrong((FRAGMENTS, "matrix % 2 * 8, 16 * n + matrix / 2 * 8", "matrix / 2 * 8, 16 * n + matrix % 2 * 8")),
+    ),
+    "no transposition": (
+        "bfloat16",
+        "channels_last",
+        wrong((FRAGMENTS, "ldmatrix_x4<!Slab::kAlongT>", "ldmatrix_x4<Slab::kAlongT>")),
+    ),
+    # loaders
+    "whole vectors past the last column": (
+        "tf32",
+        "rows",
+        wrong(
+            (
+                TABLES,
+                "max(0, min(16, (x_.columns - column) * static_cast<int>(sizeof(Element))))",
+                "column < x_.columns ? 16 : 0",
+            )
+        ),
+    ),
+    "columns past the edge": (
+        "tf32",
+        "elements",
+        wrong((TABLES, "if (i >= x.columns) column.delta[1] = kNowhere;", "")),
+    ),
+    "rows past the edge": ("tf32", "elements", outside((TABLES, "if (!place.valid) row.corner[0] = kNowhere;", ""))),
+    "no border above and below": (
+        "tf32",
+        "channels_last",
+        wrong((TABLES, "row.corner[1] + column.delta[1] < static_cast<uint32_t>(x_.size[1]) &&", "")),
+    ),
+    "padding to the other side": (
+        "tf32",
+        "positions",
+        wrong((TABLES, "x_.step[d] - x_.padding[d]", "x_.step[d] + x_.padding[d]")),
+    ),
+    "dilation is left out of the border": (
+        "tf32",
+        "positions",
+        wrong((TABLES, "column.delta[d] = k[d] * x.dilation[d];", "column.delta[d] = k[d];")),
+    ),
+    "the step is left out": ("tf32", "channels_last", wrong((TABLES, "p[d] * x_.step[d]", "p[d]"))),
+    "width and height of positions swapped": (
+        "tf32",
+        "elements",
+        wrong((TABLES, "place.t % params_.positions[2]}", "place.t % params_.positions[1]}")),
+    ),
+    "too wide copies": (
+        "tf32",
+        "positions",
+        Fault(
+            PLAIN,
+            REPORTED,
+            "misaligned global address",
+            [(PLAN, "((p.O == 1 && p.groups == 1) || divides(elements, p.b.stride_c))", "true")],
+        ),
+    ),
+    "2-byte zeros are left out": ("bfloat16", "elements", wrong((TABLES, ": uint16_t{0};", ": uint16_t{0x3f80};"))),
+    "rows of groups: always the first": ("tf32", "rows", wrong((KERNEL, "group * params.b.stride_group", "0"))),
+    # the weight's columns
+    "channels and places swapped": (
+        "tf32",
+        "channels_last",
+        wrong((KERNEL, "i % channels * volume + i / channels", "i % volume * channels + i / volume")),
+    ),
+    "no edge below": ("tf32", "rows", outside_at_store((EPILOGUE, "if (o >= params.O) continue;", ""))),
+    "wide stores into odd rows": ("tf32", "elements", outside_at_store((LAUNCH, "params.I % 4 == 0 &&", ""))),
+    # results
+    "the weight of the new sample": (
+        "tf32",
+        "rows",
+        wrong((MOMENTS, "share(static_cast<float>(count) /", "share(static_cast<float>(count + 1) /")),
+    ),
+    "deviations from the sum": (
+        "tf32",
+        "rows",
+        wrong((MOMENTS, "inverse(count ? 1.f / static_cast<float>(count) : 0.f)", "inverse(count ? 1.f : 0.f)")),
+    ),
+    "squares stay centered": (
+        "tf32",
+        "rows",
+        wrong((EPILOGUE, "return params_.centered ? uncentered", "return false ? uncentered")),
+    ),
+    "weights are left out": ("tf32", "rows", wrong((EPILOGUE, "fmaf(weight, g", "fmaf(1.f, g"))),
+    "all splits' sums in one place": (
+        "tf32",
+        "rows",
+        wrong((EPILOGUE, "params_.partial_sums + part * elements()", "params_.partial_sums")),
+    ),
+    "splits of the positions begin at the first": (
+        "tf32",
+        "rows",
+        wrong((KERNEL, "part % params.t_splits * params.t_per_split;", "0;")),
+    ),
+    "a part is left out": (
+        "tf32",
+        "rows",
+        wrong((JOIN, "int s = 0; s < params.t_splits", "int s = 1; s < params.t_splits")),
+    ),
+    "norms of the parts": (
+        "tf32",
+        "rows",
+        wrong((JOIN, "params.norms[n * columns + element / 32]", "params.norms[n * columns]")),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty_libraries():
+    def build_one(entry):
+        precision, loader, fault = entry
+        return build(precision, [loader], sanitizer=fault.sanitizer, patches=[SMALL_TILE, *fault.patches])
+
+    return FaultyLibraries(FAULTS, build_one)
+
+
+@needs_harness
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_planted_in_contract_is_caught(faulty_libraries, name):
+    precision, loader, fault = FAULTS[name]
+    library = faulty_libraries[name]
+    flags = ["--small-tile", "--exact"] if fault.sanitizer else ["--small-tile"]
+
+    def run_one(seed):
+        options = {"sanitizer": fault.sanitizer, "CUDA_ON_CPU_SEED": seed}
+        return run(library, precision, [loader], "small", *flags, **options)
+
+    check_fault(fault, run_one)

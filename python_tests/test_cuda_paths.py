@@ -1,0 +1,210 @@
+"""The CUDA operators on the harness: every way of computing, tile, loader and split, forced one by one.
+
+What the automatic choices give is tested by running the whole suite with `--cuda-on-cpu` (test_cuda_on_cpu.py).
+"""
+
+import contextlib
+import os
+from dataclasses import replace
+
+import operators_on_harness
+import pytest
+import torch
+from harness_tools import needs_harness
+from helpers import named, some
+from hypothesis import HealthCheck, given, settings
+from op_cases import CASES, HALVES, TOLERANCES, assert_stats, conv, linear, want_bits
+from oracle import FIELDS, Stats
+from test_ops_geometry import conv_cases, linear_cases
+
+pytestmark = needs_harness
+CONTRACT, SEPARATE, DEPTHWISE = {"way": 1}, {"way": 2}, {"way": 3}
+PATHS = {
+    "small tiles": {**CONTRACT, "tile": 1},
+    "large tiles": {**CONTRACT, "tile": 2},
+    "single elements": {**CONTRACT, "loader": 4},
+    "single elements, large tiles": {**CONTRACT, "loader": 4, "tile": 2},
+    "samples split": {**CONTRACT, "splits": 2},
+    "samples split, large tiles": {**CONTRACT, "splits": 3, "tile": 2},
+    "positions split": {**CONTRACT, "t_splits": 2},
+    "a kernel for each result": SEPARATE,
+    "a kernel for each result, split": {**SEPARATE, "splits": 2},
+    "depthwise": DEPTHWISE,
+    "depthwise, split": {**DEPTHWISE, "splits": 2},
+    "a large chip": {"sm_count": 132},
+    "a tiny chip": {"sm_count": 1},
+}
+# On top of the suite's cases: operands that suit each loader.
+LOADER_CASES = {
+    "rows": linear((3, 40, 72), 136),
+    "rows, one sample": linear((1, 130, 24), 16),
+    "few rows": linear((9, 5, 64), 64),
+    "channels last": conv(
+        (3, 16, 9, 7), 24, 3, padding=1, input_layout="channels_last", grad_output_layout="channels_last"
+    ),
+    "channels last, strided": conv(
+        *((2, 24, 11, 9), 8, (3, 2)),
+        stride=2,
+        padding=1,
+        dilation=2,
+        groups=1,
+        input_layout="channels_last",
+        grad_output_layout="channels_last",
+    ),
+    "channels last, groups": conv(
+        *((2, 32, 7, 6), 16, 3), padding=1, groups=2, input_layout="channels_last", grad_output_layout="channels_last"
+    ),
+    "positions": conv((2, 5, 8, 10), 7, 3, padding=1),
+    "positions, groups": conv((3, 6, 8, 8), 9, 3, stride=2, padding=1, groups=3),
+    "positions of a transposed convolution": conv((2, 6, 4, 8), 5, 4, stride=2, padding=1, output_padding=0),
+}
+# Layouts that only the guarded copies have are left to the suite: here memory is aligned, so that every loader applies.
+ALL_CASES = {**CASES, **LOADER_CASES}
+SOME_FIELDS = [
+    FIELDS,
+    FIELDS[:1],
+    FIELDS[2:3],
+    FIELDS[3:4],
+    FIELDS[4:],
+    (FIELDS[0], FIELDS[2]),
+    FIELDS[1:3],
+    FIELDS[2:],
+]
+
+
+@contextlib.contextmanager
+def cuda_options(**options):
+    """Forces choices of the CUDA kernels, and puts the automatic ones back."""
+    operators = operators_on_harness.load()
+    try:
+        for name, value in options.items():
+            operators._cuda_option(name, value)
+        yield operators
+    finally:
+        for name in options:
+            operators._cuda_option(name, 0)
+
+
+def weight_stats(case, input, grad_output, fields=FIELDS, tf32=False, **options) -> Stats:
+    with cuda_options(**options) as operators:
+        operator = getattr(operators, f"{case.family}_grad_stats")
+        return Stats(*operator(input, grad_output, *case.geometry_arguments(), want_bits(*fields), 0, tf32)[:5])
+
+
+@named("options", PATHS)
+@named("case", ALL_CASES)
+def test_paths(case, options):
+    input, grad_output = case.operands()
+    expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
+    for fields in SOME_FIELDS:
+        actual = weight_stats(case, input, grad_output, fields, **options)
+        assert_stats(actual, expected, magnitude, TOLERANCES[torch.float32], fields)
+
+
+@pytest.mark.parametrize("dtype, tf32", [(torch.float32, True), *((dtype, False) for dtype in HALVES)], ids=str)
+@named("options", PATHS)
+@named("case", some(ALL_CASES, "linear_wide", "linear_tokens", "conv2d_3x3", "conv2d_depthwise", *LOADER_CASES))
+def test_small_integers_are_exact(case, options, dtype, tf32):
+    """Every product and sum of small integers is exact on tensor cores: results are equal, bit by bit."""
+    input, grad_output = case.operands(dtype=dtype, integers=True)
+    expected = case.oracle(input, grad_output)[0]
+    for fields in (FIELDS[:4], FIELDS[:1], FIELDS[2:4]):
+        actual = weight_stats(case, input, grad_output, fields, tf32, **options)
+        for name in fields:
+            value, exact = getattr(actual, name), getattr(expected, name)
+            assert torch.equal(value, exact.to(value.dtype)), name
+    actual = weight_stats(case, input, grad_output, FIELDS[4:], tf32, **options).sum_grad_centered_squared
+    scale = expected.sum_grad_squared.max().item()
+    assert (actual.double() - expected.sum_grad_centered_squared).abs().max() <= 1e-5 * scale
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=linear_cases())
+def test_random_linear_layers_through_the_contraction(case):
+    check_random(case, CONTRACT)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=conv_cases(transposed=False))
+def test_random_convolutions_without_tensor_cores(case):
+    check_random(case, DEPTHWISE)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(case=conv_cases(transposed=True))
+def test_random_transposed_convolutions_without_tensor_cores(case):
+    check_random(case, DEPTHWISE)
+
+
+def check_random(case, options):
+    input, grad_output = case.operands()
+    expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
+    assert_stats(weight_stats(case, input, grad_output, **options), expected, magnitude, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("precision, bound", [(False, 2e-6), (True, 2e-3)], ids=["highest", "high"])
+@named("case", some(ALL_CASES, "linear_wide", "rows", "conv2d_3x3", "channels last", "positions"))
+def test_precision_of_float32(case, precision, bound):
+    """ "high" rounds operands to 11 bits, and so differs; "highest" does not."""
+    input, grad_output = case.operands()
+    expected = case.oracle(input, grad_output)[0]
+    for options in (CONTRACT, SEPARATE):
+        actual = weight_stats(case, input, grad_output, tf32=precision, **options)
+        for name, value, exact in zip(FIELDS, actual, expected, strict=True):
+            error = (value.double() - exact).abs().max() / exact.abs().max()
+            assert error <= bound and (name == "sum_grad_centered_squared" or error > (1e-6 if precision else 0)), name
+
+
+@named("options", PATHS)
+@named("case", some(ALL_CASES, "linear_wide", "rows", "conv2d_3x3", "conv2d_depthwise", "channels last"))
+def test_results_do_not_depend_on_the_schedule(case, options):
+    """Blocks and threads run in another order under every seed: there is no sum whose order they could change."""
+    input, grad_output = case.operands()
+    results = []
+    for seed in ("1", "2", "3"):
+        before = os.environ.get("CUDA_ON_CPU_SEED")
+        os.environ["CUDA_ON_CPU_SEED"] = seed
+        try:
+            results.append(weight_stats(case, input, grad_output, **options))
+        finally:
+            os.environ.pop("CUDA_ON_CPU_SEED")
+            if before is not None:
+                os.environ["CUDA_ON_CPU_SEED"] = before
+    for other in results[1:]:
+        for name, value, first in zip(FIELDS, other, results[0], strict=True):
+            assert torch.equal(value, first), name
+
+
+@pytest.mark.parametrize("way", [{}, CONTRACT, SEPARATE, DEPTHWISE], ids=str)
+@named("case", some(ALL_CASES, "linear", "linear_tokens", "conv2d_3x3", "conv2d_depthwise", "conv_transpose2d", "rows"))
+def test_weighted_gradient(case, way):
+    """sum_n c_n G_n, negative and zero weights too, from weights with a stride."""
+    input, grad_output = case.operands()
+    weights = torch.randn(len(input), 2)[:, 0]
+    weights[0] = 0
+    with cuda_options(**way) as operators:
+        operator = getattr(operators, f"{case.family}_weighted_grad")
+        actual = operator(input, grad_output, weights, *case.geometry_arguments())
+    rows = case.oracle(input, grad_output)[0].batch_grad
+    expected = torch.einsum("n,n...->...", weights.double(), rows)
+    assert (actual.double() - expected).abs().max() <= 1e-5 * rows.abs().max()
+
+
+def test_float64_is_refused():
+    operators = operators_on_harness.load()
+    operands = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
+        operators.linear_grad_stats(*operands, 1, 0)
+
+
+@pytest.mark.parametrize("name, value", [("tile", -1), ("nothing", 0)])
+def test_options_are_checked(name, value):
+    with pytest.raises(RuntimeError, match=name):
+        operators_on_harness.load()._cuda_option(name, value)
+
+
+def test_middle_dims_that_do_not_merge():
+    """More than three of them are copied."""
+    case = replace(linear((2, 2, 3, 2, 3, 5), 4), input_layout="strided", grad_output_layout="strided")
+    check_random(case, {})
+    check_random(case, CONTRACT)
