@@ -34,8 +34,8 @@ demo: build .venv/.demo
 	$(SAY) 'Running the demo'
 	@$(PY) examples/find_mislabelled_digits.py $(ARGS)
 
-# With the demo and the peers, so that no test of them is skipped.
-test: build .venv/.test .venv/.demo .venv/.bench
+# With the demo, the peers and CUTLASS, so that no test of them is skipped.
+test: build .venv/.test .venv/.demo .venv/.bench .venv/.cutlass
 	$(SAY) 'Running the tests'
 	@$(PY) -m pytest $(ARGS)
 
@@ -81,6 +81,11 @@ clean:
 .venv/.build .venv/.test .venv/.demo .venv/.bench: .venv/.%: requirements/%.txt .venv/.torch
 	$(SAY) 'Installing $<'
 	@$(PIP) install -c .venv/constraints.txt -r $< | $(NEWS)
+	@touch $@
+
+.venv/.cutlass: requirements/cutlass.txt .venv/.python
+	$(SAY) 'Installing $<'
+	@$(PIP) install --no-deps -r $< | $(NEWS)
 	@touch $@
 
 .venv/.lint: requirements/lint.txt .venv/.python

@@ -1,7 +1,7 @@
-"""Times the operators on layers of gpu_shapes.py, beside PyTorch's weight gradient and the same composed of torch calls.
+"""Times the operators on layers of gpu_shapes.py, beside PyTorch's weight gradient and the same of torch calls.
 
-How: every round runs all cells of a group once, in random order, and the host waits for the GPU only at its end. Before each
-cell 512 MB are overwritten, so that no operand lies in the L2 cache, and the launches of short cells are queued
+How: every round runs all cells of a group once, in random order, and the host waits for the GPU only at its end. Before
+each cell 512 MB are overwritten, so that no operand lies in the L2 cache; the launches of short cells are queued
 meanwhile. Times are those between two events on the stream, medians over the rounds.
 """
 
@@ -230,7 +230,7 @@ def measure_ceilings(device: Device) -> Ceilings:
     """Copy bandwidth and matrix products of random data."""
     count = 1 << 30 if device.cuda else 1 << 20  # bytes
     source, target = (torch.empty(count, dtype=torch.uint8, device=device.name) for _ in range(2))
-    ceilings = Ceilings(copy=2 * count / device.seconds(lambda: target.copy_(source)))
+    ceilings = Ceilings(copy=2 * count / device.seconds(lambda t=target, s=source: t.copy_(s)))
     del source, target
     size = 8192 if device.cuda else 128
     for precision, dtype in PRECISIONS.items():

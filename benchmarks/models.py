@@ -150,7 +150,7 @@ GPU_CASES = {
 }
 SMALL_GPU_CASES = {  # for a dry run on a CPU
     "3c3d-small": Case("3c3d, N = 2", net_3c3d, (2, 3, 32, 32)),
-    "resnet18-small": Case("a narrow ResNet-18 on 32 x 32 images, N = 2", lambda: resnet18(4), (2, 3, 32, 32)),
+    "resnet18-small": Case("a narrow ResNet-18 on 64 x 64 images, N = 2", lambda: resnet18(4), (2, 3, 64, 64)),
     "gpt2-block-small": Case("a narrow transformer block, N = 2", lambda: Block(32, 4), (2, 8, 32)),
 }
 EVERY_CASE = CASES | GPU_CASES | SMALL_GPU_CASES

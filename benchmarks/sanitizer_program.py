@@ -2,8 +2,12 @@
 
     compute-sanitizer --tool memcheck python benchmarks/sanitizer_program.py --device cuda
 
-Small integers have exact sums, so that every result is also compared with float64 (to the last bit, or with one rounding).
+Small integers have exact sums, so that every result is also compared with float64.
 """
+
+import source_tree  # noqa: F401 (first, so that the package is found)
+
+# isort: split
 
 import argparse
 import contextlib

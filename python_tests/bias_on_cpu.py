@@ -24,6 +24,7 @@ from stats_on_cpu import (
     Outputs,
     decode,
     place,
+    place_apart,
 )
 
 
@@ -50,6 +51,12 @@ LAYOUTS = {
     "turned": ((0, 4, 1, 3, 2), 1),
     "expanded": ((0, 1, 2, 3), 1),  # stride 0 along the last position dim
 }
+# Strides beyond 32 bits, of each dim in turn. For bfloat16.
+APART = {
+    "samples_apart": ((1 << 32) + 9, 1, 50, 7, 5),
+    "outputs_apart": (1, (1 << 31) + 9, 50, 7, 5),
+    "positions_apart": (3, 1, 1 << 32, 7, (1 << 31) + 8),
+}
 
 
 @dataclass
@@ -67,7 +74,7 @@ class Case:
     seed: int = 0
 
 
-def cases(size):
+def cases(dtype, size):
     """Yields the cases; together they reach every part of the kernels."""
     yield Case(9, 16, (1, 1, 1), splits=2)
     yield Case(35, 37, (1, 1, 1), want=GRAD | BATCH_L2 | SQUARES, splits=1)
@@ -107,6 +114,10 @@ def cases(size):
             values=pick("normal", "normal", "integers"),
             seed=seed,
         )
+    if dtype == "bfloat16":
+        for layout in APART:
+            yield Case(2, 3, (2, 1, 2), layout=layout)
+            yield Case(3, 2, (2, 3, 3), layout=layout)
     for layout in ("nchw", "channels_last"):
         for positions in ((1, 1, 1), (1, 1, 40)):
             special = Case(6, 8, positions, layout=layout, values="special")
@@ -129,10 +140,13 @@ def draw(case, shape, rng):
 
 def run(library, dtype, case, values, exact):
     """Runs one case; returns (error or None, the stored operand in float64, the outputs, choices of the plan)."""
-    order, spread = LAYOUTS[case.layout]
-    if 4 not in order:
-        values[...] = values[..., :1]
-    buffer, view, strides = place(values, order, spread, dtype, exact, case.offset)
+    if case.layout in APART:
+        buffer, view, strides = place_apart(values, APART[case.layout])
+    else:
+        order, spread = LAYOUTS[case.layout]
+        if 4 not in order:
+            values[...] = values[..., :1]
+        buffer, view, strides = place(values, order, spread, dtype, exact, case.offset)
     rng = np.random.default_rng(case.seed)
     outputs = Outputs(case.N, case.O, dtype, case.want, weights=rng.integers(-2, 3, case.N))
     problem = BiasProblem(
@@ -206,7 +220,7 @@ def main():
     library = ctypes.CDLL(path)
     library.cuda_on_cpu_last_error.restype = ctypes.c_char_p
     plans, text = [], ""
-    for case in cases(size):
+    for case in cases(dtype, size):
         status, explanation, plan = check_case(library, dtype, case, exact)
         if status:
             print(explanation)

@@ -26,6 +26,7 @@ from stats_on_cpu import (
     StatsOutputs,
     decode,
     place,
+    place_apart,
 )
 
 THREE_INTS = ctypes.c_int * 3
@@ -64,6 +65,12 @@ LAYOUTS = {
     "channels_last_spread": ((2, 0, 3, 4, 1), 3),
     "one_column": ((0, 1, 2, 3), 1),  # stride 0 along w
 }
+# Strides beyond 32 bits: of samples and channels, of rows, of columns. For bfloat16.
+APART = {
+    "samples_apart": ((1 << 31) + 9, (1 << 32) + 5, 1, 9, 1),
+    "rows_apart": (1, 7, 1, (1 << 31) + 9, 99),
+    "columns_apart": (7, 1, 1, 99, (1 << 31) + 9),
+}
 
 
 @dataclass
@@ -91,7 +98,7 @@ class Case:
         return tuple(max(1, (p - 1) * s + (k - 1) * d + 1 - 2 * pad + self.more) for p, k, s, pad, d in dims)
 
 
-def cases(size):
+def cases(dtype, size):
     """Yields the cases; together they reach every part of the kernel."""
     last, first = ("channels_last", "channels_last"), ("nchw", "nchw")
     square = Case(3, 5, 1, 1, (1, 6, 9), (1, 3, 3), padding=(0, 1, 1))
@@ -146,6 +153,9 @@ def cases(size):
             values=pick("normal", "normal", "integers"),
             seed=j,
         )
+    if dtype == "bfloat16":
+        for layout in APART:
+            yield Case(2, 2, 1, 1, (1, 3, 3), (1, 3, 2), padding=(0, 1, 0), layouts=(layout, layout))
     for layout in (first, last):
         yield replace(square, layouts=layout, values="special", N=4)
         yield replace(square, layouts=layout, values="special", N=4, splits=2, want=SQUARES | GRAD | BATCH_L2)
@@ -191,6 +201,9 @@ def check_case(library, dtype, case, exact):
         a, b = 8 + a[:1] + 0.01 * a, 3 + b[:1] + 0.01 * b
     placed = []
     for values, layout in zip((a, b), case.layouts, strict=True):
+        if layout in APART:
+            placed.append(place_apart(values, APART[layout]))
+            continue
         order, spread = LAYOUTS[layout]
         if W_DIM not in order:
             values[...] = values[..., :1]
@@ -247,7 +260,7 @@ def main():
     library = ctypes.CDLL(path)
     library.cuda_on_cpu_last_error.restype = ctypes.c_char_p
     plans = []
-    for case in cases(size):
+    for case in cases(dtype, size):
         status, explanation, plan = check_case(library, dtype, case, "--exact" in sys.argv)
         if status:
             print(explanation)

@@ -11,11 +11,14 @@ from pathlib import Path
 import torch
 from op_cases import LAYOUTS, Case, conv, linear, want_bits
 
+WEIGHTED = ("weighted",)  # sum_n weights[n] G_n
 STATISTICS = ("grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared")
 LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {  # operands of 20 to 60 MB in float32
     "linear": (linear((12000, 700), 300), STATISTICS),
     "linear_norms": (linear((12000, 700), 300), ("batch_l2",)),
+    "linear_weighted": (linear((12000, 700), 300), WEIGHTED),
     "linear_tokens": (linear((4, 4000, 500), 300), STATISTICS),
+    "linear_tokens_weighted": (linear((4, 4000, 500), 300), WEIGHTED),
     "linear_tokens_norms": (linear((2000, 6, 500), 600), ("batch_l2",)),
     "linear_few_tokens": (linear((2000, 6, 400), 200), ("grad", "batch_l2")),
     "linear_tokens_time_major": (
@@ -27,6 +30,7 @@ LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {  # operands of 20 to 60 MB in
     "linear_one_output": (linear((50, 300, 800), 1), STATISTICS),
     "conv": (conv((16, 32, 80, 80), 24, 3, padding=1), STATISTICS),
     "conv_norms": (conv((16, 32, 80, 80), 24, 3, padding=1), ("batch_l2",)),
+    "conv_weighted": (conv((16, 32, 80, 80), 24, 3, padding=1), WEIGHTED),
     "conv_channels_last": (
         conv((16, 32, 80, 80), 24, 3, input_layout="channels_last", grad_output_layout="channels_last"),
         STATISTICS,
@@ -60,11 +64,15 @@ def extra_bytes(case: Case, want: tuple[str, ...], dtype: torch.dtype) -> int:
     WARM_UP[case.family].raw(*WARM_UP[case.family].operands(dtype=dtype))  # loads code and starts threads
     shapes = (case.input_shape, case.input_layout), (case.output_shape(), case.grad_output_layout)
     operands = [LAYOUTS[layout](torch.full(shape, 0.5, dtype=dtype)) for shape, layout in shapes]
-    bits = want_bits(*want)
+    weights = torch.ones(case.input_shape[0])
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts at what is resident now
     before = status("VmRSS")
-    weight, bias = case.raw(*operands, bits, bits)
-    return status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in (*weight, *bias))
+    if want == WEIGHTED:
+        results = (case.raw_weighted(*operands, weights),)
+    else:
+        weight, bias = case.raw(*operands, want_bits(*want), want_bits(*want))
+        results = (*weight, *bias)
+    return status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results)
 
 
 def in_a_fork(function, *arguments) -> int:

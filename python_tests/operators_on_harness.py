@@ -36,11 +36,12 @@ def build(**options):
         *("library.cpp", "ops/convolution.cpp", "cpu/result_pool.cpp", "cpu/workspace.cpp"),
         *below("common/*.cpp"),
         *below("ops/*_cuda.cpp"),
+        *below("cuda/**/*.cpp"),
     ]
     return harness_build.build(
-        below("cuda/**/*.cu") + below("cuda/**/*.cpp"),
+        below("cuda/**/*.cu"),
         operators=bindings,
-        defines=[f"-DBACKPACK_CUDA_OPERATORS={NAMESPACE}", "-DBACKPACK_CUDA_KEY=CPU"],
+        defines=[f"-DBACKPACK_CUDA_OPERATORS={NAMESPACE}", "-DBACKPACK_CUDA_KEY=CPU", "-DBACKPACK_CUDA_SM90A"],
         **options,
     )
 

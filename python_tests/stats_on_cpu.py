@@ -4,15 +4,17 @@
 """
 
 import ctypes
+import mmap
 
 import numpy as np
-from outer_norm_on_cpu import STORAGE, decode, encode
+from outer_norm_on_cpu import decode, encode
 
 ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 GRAD, BATCH_GRAD, BATCH_L2, SQUARES, CENTERED, WEIGHTED = 1, 2, 4, 8, 16, 32  # what may be wanted
 EVERYTHING = GRAD | BATCH_GRAD | BATCH_L2 | SQUARES | CENTERED
 SENTINEL, GUARD = -7.0, 8
+MAP_NORESERVE = 0x4000  # of Linux; Python's mmap has it from 3.13 on
 
 
 class StatsOutputs(ctypes.Structure):
@@ -46,6 +48,16 @@ def place(values, order, spread, dtype, exact, offset=0):
     view = np.lib.stride_tricks.as_strided(buffer[offset:], values.shape, [s * buffer.itemsize for s in strides])
     view[...] = encode(values, dtype)
     return buffer, view, strides
+
+
+def place_apart(values, strides):
+    """Stores values as bfloat16 at strides of gigabytes, in memory that is only reserved; returns what `place` does."""
+    extent = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True)) + 1
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    buffer = np.frombuffer(mmap.mmap(-1, 2 * extent, flags=flags), np.uint16)
+    view = np.lib.stride_tricks.as_strided(buffer, values.shape, [2 * stride for stride in strides])
+    view[...] = encode(values, "bfloat16")
+    return buffer, view, list(strides)
 
 
 class Outputs:

@@ -46,7 +46,7 @@ def run(library, dtype, size, *flags, **options):
 def test_bias(dtype):
     """Odd shapes, all kinds of strides, every choice of the plan, special values, accuracy of long sums."""
     library = build(DTYPES)
-    for seed in SEEDS:
+    for seed in SEEDS if dtype == "float32" else SEEDS[:2]:
         done = run(library, dtype, "full", CUDA_ON_CPU_SEED=seed)
         assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
 
@@ -65,7 +65,7 @@ def wrong(path, old, new):
     return Fault(PLAIN, WRONG, "got", [(path, old, new)])
 
 
-RACE_HERE = r"data race[\s\S]*bias\.cuh"
+RACE_HERE, OVERFLOW_HERE = (rf"{what}[\s\S]*bias\.cuh" for what in ("data race", "heap-buffer-overflow"))
 FAULTS = {
     "no barrier before the sums of other warps are read": Fault(
         THREAD, RACE, RACE_HERE, [(KERNEL, "} else {\n      __syncthreads();", "} else {\n")]
@@ -89,19 +89,19 @@ FAULTS = {
     "a load beyond the last sample": Fault(
         ADDRESS,
         OUT_OF_BOUNDS,
-        r"heap-buffer-overflow[\s\S]*bias\.cuh",
-        [(KERNEL, "if (active && batch + s < end)", "if (active)")],
+        OVERFLOW_HERE,
+        [(KERNEL, "min(int64_t{s}, end - 1 - batch)", "int64_t{s}")],
     ),
     "a load beyond the last position": Fault(
         ADDRESS,
         OUT_OF_BOUNDS,
-        r"heap-buffer-overflow[\s\S]*bias\.cuh",
-        [(KERNEL, "for (; step < end; step += slots)", "for (; step <= end; step += slots)")],
+        OVERFLOW_HERE,
+        [(KERNEL, "min(step + l * slots, end - 1)", "step + l * slots")],
     ),
     "a workspace without the sums of parts": Fault(
         ADDRESS,
         OUT_OF_BOUNDS,
-        "heap-buffer-overflow",
+        "AddressSanitizer: heap",
         [
             (
                 PLAN,
@@ -117,25 +117,23 @@ FAULTS = {
         NORMS, "if (taken % kSamples != 0 && sample + 1 != end) return;", "if (sample + 1 != end) return;"
     ),
     "a warp's share of the norm is left out": wrong(NORMS, "int warp = 0;", "int warp = 1;"),
-    "blocks overwrite each other's norms": wrong(NORMS, "out[n * stride]", "out[n]"),
-    "vectors of an output that is not the next": wrong(KERNEL, "threadIdx.x) * kOutputs;", "threadIdx.x) * 1;"),
+    "blocks overwrite each other's norms": wrong(NORMS, "out[n * stride] = sum", "out[n] = sum"),
+    "a vector's sums all to its first output": wrong(KERNEL, "first_output + k, g[s][k]", "first_output, g[s][k]"),
     "two eighths of the loads are not added": wrong(
         KERNEL, "for (int distance = 1; distance < kBiasLoads;", "for (int distance = 1; distance < kBiasLoads / 2;"
     ),
-    "the rest of the positions is left out": wrong(KERNEL, "{  // fewer than eight are left", "{ break;"),
-    "a long sum in float32, one element after the other": Fault(
+    "the last position counts several times": wrong(KERNEL, "(loaded[l], step + l * slots < end,", "(loaded[l], true,"),
+    "a long sum in float32": Fault(
         PLAIN,
         WRONG,
         "of numpy's sum",
         [
             (KERNEL, "double totals[kVector] = {};", "float totals[kVector] = {};"),
-            (KERNEL, "round < 8 &&", "round < 0 &&"),
-            (KERNEL, "if (step + (kBiasLoads - 1) * slots >= end) {", "{"),
+            (KERNEL, "round < 8 &&", "round < (1 << 30) &&"),
+            (KERNEL, "constexpr int kBiasLoads = 8;", "constexpr int kBiasLoads = 1;"),
         ],
     ),
-    "position dims in the wrong order": wrong(
-        KERNEL, "row = static_cast<unsigned>(t) / width", "row = static_cast<unsigned>(t) / height"
-    ),
+    "the stride of another position dim": wrong(KERNEL, "depth * problem.stride[0]", "depth * problem.stride[1]"),
     "dims merged that are apart in memory": wrong(
         PLAN, "problem.stride[d] == stride[last] * size[last]", "problem.stride[d] >= stride[last] * size[last]"
     ),
@@ -145,10 +143,10 @@ FAULTS = {
     ),
     "parts of the positions overlap": wrong(
         KERNEL,
-        "params.steps * (part + 1) / params.t_splits : 0",
-        "min(params.steps, params.steps * (part + 1) / params.t_splits + 1) : 0",
+        "(params.steps * part / params.t_splits) + my_slot",
+        "(max(params.steps * part / params.t_splits - 1, 0L)) + my_slot",
     ),
-    "outputs beyond the last": wrong(KERNEL, " && o < problem.O;", ";"),
+    "outputs beyond the last": Fault(ADDRESS, OUT_OF_BOUNDS, OVERFLOW_HERE, [(KERNEL, " && o < problem.O;", ";")]),
     "a split takes its neighbour's sample": wrong(
         KERNEL,
         "for (int64_t sample = begin; sample < end; ++sample)",
@@ -208,8 +206,6 @@ def test_nvcc_vectorises_loads(dtype, tmp_path):
     ptx = tmp_path / "kernel.ptx"
     run_nvcc("-O3", "-arch=sm_80", "-ptx", ROOT / f"csrc/cuda/bias/bias_{dtype}.cu", "-o", ptx)
     functions = re.split(r"\.visible \.entry ", ptx.read_text())[1:]
-    loads = {re.match(r"\w+", text)[0]: len(re.findall(r"ld\.global\S*\.v4\.\w32", text)) for text in functions}
-    assert len(loads) == 5
-    # Four samples of T = 1 or eight positions, then single ones of the rest.
-    counts = sorted(loads.values())
-    assert counts[:2] == [0, 0] and all(count >= 4 for count in counts[2:]), loads
+    loads = sorted(len(re.findall(r"ld\.global\S*\.v4\.\w32", text)) for text in functions)
+    assert loads[:2] == [0, 0] and len(loads) == 5, loads  # single elements
+    assert loads[2] >= 4 and loads[3] >= 8, loads  # four samples at a time, eight positions

@@ -32,7 +32,17 @@ def library():
 def test_file_passes_with_cuda_kernels(file, library, request):
     if request.config.getoption("--cuda-on-cpu"):
         pytest.skip("the kernels are swapped already")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--cuda-on-cpu", "-k", "not opcheck and not compile", ROOT / "python_tests" / file]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "--cuda-on-cpu",
+        "-k",
+        "not opcheck and not compile",
+        ROOT / "python_tests" / file,
+    ]
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=subprocess_environment(), capture_output=True, text=True
     )

@@ -12,9 +12,9 @@ import pytest
 import torch
 from harness_tools import needs_harness
 from helpers import named, some
-from hypothesis import HealthCheck, given, settings
-from op_cases import CASES, HALVES, TOLERANCES, assert_stats, conv, linear, want_bits
+from op_cases import CASES, HALVES, TOLERANCES, Tolerance, assert_stats, conv, linear, want_bits
 from oracle import FIELDS, Stats
+from property_testing import HealthCheck, given, settings
 from test_ops_geometry import conv_cases, linear_cases
 
 pytestmark = needs_harness
@@ -40,7 +40,12 @@ LOADER_CASES = {
     "rows, one sample": linear((1, 130, 24), 16),
     "few rows": linear((9, 5, 64), 64),
     "channels last": conv(
-        (3, 16, 9, 7), 24, 3, padding=1, input_layout="channels_last", grad_output_layout="channels_last"
+        (3, 16, 9, 7),
+        24,
+        3,
+        padding=1,
+        input_layout="aligned_channels_last",
+        grad_output_layout="aligned_channels_last",
     ),
     "channels last, strided": conv(
         *((2, 24, 11, 9), 8, (3, 2)),
@@ -48,17 +53,20 @@ LOADER_CASES = {
         padding=1,
         dilation=2,
         groups=1,
-        input_layout="channels_last",
-        grad_output_layout="channels_last",
+        input_layout="aligned_channels_last",
+        grad_output_layout="aligned_channels_last",
     ),
     "channels last, groups": conv(
-        *((2, 32, 7, 6), 16, 3), padding=1, groups=2, input_layout="channels_last", grad_output_layout="channels_last"
+        *((2, 32, 7, 6), 16, 3),
+        padding=1,
+        groups=2,
+        input_layout="aligned_channels_last",
+        grad_output_layout="aligned_channels_last",
     ),
     "positions": conv((2, 5, 8, 10), 7, 3, padding=1),
     "positions, groups": conv((3, 6, 8, 8), 9, 3, stride=2, padding=1, groups=3),
     "positions of a transposed convolution": conv((2, 6, 4, 8), 5, 4, stride=2, padding=1, output_padding=0),
 }
-# Layouts that only the guarded copies have are left to the suite: here memory is aligned, so that every loader applies.
 ALL_CASES = {**CASES, **LOADER_CASES}
 SOME_FIELDS = [
     FIELDS,
@@ -116,6 +124,43 @@ def test_small_integers_are_exact(case, options, dtype, tf32):
     actual = weight_stats(case, input, grad_output, FIELDS[4:], tf32, **options).sum_grad_centered_squared
     scale = expected.sum_grad_squared.max().item()
     assert (actual.double() - expected.sum_grad_centered_squared).abs().max() <= 1e-5 * scale
+
+
+SM90_CASES = {
+    "rows": linear((3, 70, 72), 136),
+    "few rows": linear((5, 3, 16), 24),
+    "one sample": linear((1, 130, 24), 16),
+    "channels last, 1x1": conv(
+        (2, 16, 9, 7), 24, 1, input_layout="aligned_channels_last", grad_output_layout="aligned_channels_last"
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("splits", [0, 2])
+@named("case", SM90_CASES)
+def test_hopper(case, dtype, splits, monkeypatch):
+    """The path of sm_90a through the operators, on small integers and in general."""
+    monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "90")
+    input, grad_output = case.operands(dtype=dtype, integers=True)
+    expected = case.oracle(input, grad_output)[0]
+    actual = weight_stats(case, input, grad_output, FIELDS[:4], way=4, splits=splits)
+    for name in FIELDS[:4]:
+        value, exact = getattr(actual, name), getattr(expected, name)
+        assert torch.equal(value, exact.to(value.dtype)), name
+    input, grad_output = case.operands(dtype=dtype)
+    expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
+    actual = weight_stats(case, input, grad_output, way=4, splits=splits)
+    assert_stats(actual, expected, magnitude, Tolerance(5e-3, 5e-3))
+    assert_stats(
+        actual._replace(grad=torch.empty(0), batch_grad=torch.empty(0)),
+        expected,
+        magnitude,
+        TOLERANCES[torch.float32],
+        FIELDS[2:],
+    )
+    if case is SM90_CASES["rows"]:  # sums of another order than the general kernel's
+        assert not torch.equal(actual.batch_l2, weight_stats(case, input, grad_output, way=1).batch_l2)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -208,3 +253,39 @@ def test_middle_dims_that_do_not_merge():
     case = replace(linear((2, 2, 3, 2, 3, 5), 4), input_layout="strided", grad_output_layout="strided")
     check_random(case, {})
     check_random(case, CONTRACT)
+
+
+NON_FINITE_CASES = some(
+    ALL_CASES,
+    "linear_wide",
+    "linear_few_tokens",
+    "linear_tokens",
+    "conv2d_3x3",
+    "conv2d_depthwise",
+    "channels last",
+    "rows",
+)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@named("options", PATHS)
+@named("case", NON_FINITE_CASES)
+def test_non_finite_samples_stay_alone(case, options, value):
+    """One NaN or Inf makes its own sample's results non-finite, and no other's."""
+    input, grad_output = case.operands()
+    sample = len(input) // 2
+    clean = weight_stats(case, input, grad_output, FIELDS[1:3], **options)
+    input, grad_output = input.clone(), grad_output.clone()
+    grad_output[(sample, *[0] * (grad_output.dim() - 1))] = value
+    for fields in (FIELDS[1:3], FIELDS[2:3], FIELDS):
+        stats = weight_stats(case, input, grad_output, fields, **options)
+        finite = stats.batch_l2.isfinite()
+        assert not finite[sample] and finite.sum() == len(input) - 1
+        torch.testing.assert_close(stats.batch_l2[finite], clean.batch_l2[finite], rtol=1e-5, atol=0)
+        if "batch_grad" in fields:
+            torch.testing.assert_close(stats.batch_grad[finite], clean.batch_grad[finite], rtol=1e-5, atol=1e-5)
+            assert not stats.batch_grad[sample].isfinite().all()
+        if "grad" in fields:
+            hit = ~stats.batch_grad[sample].isfinite()
+            for name in ("grad", "sum_grad_squared", "sum_grad_centered_squared"):
+                assert torch.equal(~getattr(stats, name).isfinite(), hit), name

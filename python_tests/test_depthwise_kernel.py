@@ -45,7 +45,7 @@ def run(library, dtype, size, *flags, **options):
 def test_depthwise(dtype):
     """Odd shapes, all kinds of strides, every choice of the plan, special values."""
     library = build(DTYPES)
-    for seed in SEEDS:
+    for seed in SEEDS if dtype == "float32" else SEEDS[:2]:
         done = run(library, dtype, "full", CUDA_ON_CPU_SEED=seed)
         assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
 
@@ -62,7 +62,7 @@ def wrong(path, old, new):
     return Fault(PLAIN, WRONG, "got", [(path, old, new)])
 
 
-RACE_HERE = r"data race[\s\S]*depthwise\.cuh"
+RACE_HERE, OVERFLOW_HERE = (rf"{what}[\s\S]*depthwise\.cuh" for what in ("data race", "heap-buffer-overflow"))
 FAULTS = {
     "no barrier before the sums of other warps are read": Fault(
         THREAD, RACE, RACE_HERE, [(KERNEL, "} else {\n      __syncthreads();", "} else {\n")]
@@ -74,8 +74,8 @@ FAULTS = {
     "every lane of a unit writes its sums": Fault(
         THREAD, RACE, RACE_HERE, [(KERNEL, "if ((lane & (last_bit - first_bit)) == 0)", "if (true)")]
     ),
-    "a column to the right of the image": Fault(
-        ADDRESS, OUT_OF_BOUNDS, r"heap-buffer-overflow[\s\S]*depthwise\.cuh", [(KERNEL, "< a_width", "<= a_width")]
+    "a column to the right of the image, in boxes of one row": Fault(
+        ADDRESS, OUT_OF_BOUNDS, OVERFLOW_HERE, [(KERNEL, "j * dilation_w < a_width", "j * dilation_w <= a_width")]
     ),
     "a workspace without the sums of the last split": Fault(
         ADDRESS,
@@ -88,6 +88,11 @@ FAULTS = {
         OUT_OF_BOUNDS,
         "AddressSanitizer",
         [(KERNEL, "(2 + 2 * plan.slots / slots_in_warp)", "(2 + plan.slots / slots_in_warp)")],
+    ),
+    "a column to the right of the image, in boxes of several rows": wrong(
+        KERNEL,
+        "j * static_cast<unsigned>(problem.dilation[2]) < a_width",
+        "j * static_cast<unsigned>(problem.dilation[2]) <= a_width",
     ),
     "a row below the image": wrong(KERNEL, "< a_height", "<= a_height"),
     "planes outside count": wrong(KERNEL, "const bool depth_inside = ", "const bool depth_inside = true || "),
@@ -110,8 +115,12 @@ FAULTS = {
         KERNEL, "for (int warp = 0; warp < warps_per_unit", "for (int warp = warps_per_unit > 1; warp < warps_per_unit"
     ),
     "the group's channels": wrong(KERNEL, "row / problem.O * problem.channels", "row * problem.channels"),
-    "positions of the kernel beyond its edge": wrong(KERNEL, "j < its_chunk.columns", "j < kColumns"),
-    "units beyond the last": wrong(KERNEL, " && first_unit + its_unit < units", ""),
+    "positions of the kernel beyond its edge": Fault(
+        ADDRESS, OUT_OF_BOUNDS, OVERFLOW_HERE, [(KERNEL, "j < its_chunk.columns", "j < kColumns")]
+    ),
+    "units beyond the last": Fault(
+        ADDRESS, OUT_OF_BOUNDS, OVERFLOW_HERE, [(KERNEL, " && first_unit + its_unit < units", "")]
+    ),
     "a split takes its neighbour's sample": wrong(
         KERNEL,
         "end = problem.N * (split + 1) / plan.splits",

@@ -478,7 +478,10 @@ def test_patches_must_match_exactly_once():
 
 def test_headers_from_pip_packages(tmp_path, monkeypatch):
     """Without nvcc, the packages under site-packages/nvidia serve when together they have every header needed."""
-    headers = {"cuda_runtime": ["cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"], "cuda_nvcc": ["crt/host_defines.h"]}
+    headers = {
+        "cuda_runtime": ["cuda.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h"],
+        "cuda_nvcc": ["crt/host_defines.h"],
+    }
     monkeypatch.setattr(harness_build, "find_nvcc", lambda: None)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     for package, names in headers.items():

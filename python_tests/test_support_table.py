@@ -104,7 +104,8 @@ def table(device, monkeypatch) -> str:
     rows = [head, ["---"] * len(head)]
     for name, (make_module, shape) in LAYERS.items():
         cells = [cell(make_module, shape, q(), expected, device, monkeypatch) for q, expected in QUANTITIES.items()]
-        rows.append([name, *cells, on_cuda(make_module, shape, monkeypatch)])
+        simulated = device.type == "cpu"  # on a GPU the tests of the layers run the kernels themselves
+        rows.append([name, *cells, on_cuda(make_module, shape, monkeypatch) if simulated else ""])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import helpers
 import pytest
 import torch
 from helpers import assert_close, named, some
@@ -40,6 +41,9 @@ def check(actual: torch.Tensor, case: Case, input, grad_output, weights) -> None
     bound = TOLERANCES[statistics_dtype(dtype)].entry * size
     if dtype in HALVES:
         bound += 0.505 * torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).smallest_normal
+        one_row = case.family == "linear" and math.prod(case.input_shape[1:-1]) == 1
+        if one_row and (input.is_cuda or helpers.every_kernel_is_slow):
+            bound += 0.505 * torch.finfo(dtype).eps * size  # CUDA rounds the weighted rows, then multiplies
     assert (error <= bound).all(), f"error {error.max():.1e}"
 
 

@@ -21,7 +21,8 @@ type; "batch_l2" and "sum_grad_squared" are float32 (float64 for float64). N = 0
 propagate. Operands that require grad under grad mode give differentiable results.
 
 Precision. bfloat16 and float16 operands are multiplied exactly and summed in float32; squares are taken before
-anything is rounded. The CPU computes float32 in float32. On a GPU, float32 operands obey
+anything is rounded. (On a GPU "sum_grad_squared" of 2-d Linear operands of these types is the exception: there squares
+are multiplied, each rounded to 11 bits.) The CPU computes float32 in float32. On a GPU, float32 operands obey
 `torch.set_float32_matmul_precision`, as PyTorch's own matrix products do:
 
 * "highest" (PyTorch's default): each operand is split into TF32 terms, three of whose products are summed on the tensor

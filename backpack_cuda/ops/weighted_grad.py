@@ -17,7 +17,8 @@ def linear_weighted_grad(input: Tensor, grad_output: Tensor, weights: Tensor) ->
         weights: one number per sample, [N], float32 (float64 for float64 operands), on the operands' device.
 
     Returns:
-        [O, I] in the operands' type.
+        [O, I] in the operands' type. Sums are float32 (float64), rounded once; on a GPU, with 2-d operands of half
+        types, weights[n] * grad_output[n] is rounded to that type beforehand.
 
     Raises:
         ValueError: shapes or devices that do not fit.

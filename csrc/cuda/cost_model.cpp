@@ -102,6 +102,7 @@ double Cost::seconds() const {
 Cost cost_of(Way way, const OuterProblem& problem, const StatsOutputs& out) {
   switch (way) {
     case Way::kContract:
+    case Way::kContractSm90:
       return contract_cost(problem, out);
     case Way::kSeparate:
       return separate_cost(problem, out);
@@ -114,6 +115,7 @@ Cost cost_of(Way way, const OuterProblem& problem, const StatsOutputs& out) {
 bool applies(Way way, const OuterProblem& problem, const StatsOutputs& out, bool linear) {
   switch (way) {
     case Way::kContract:
+    case Way::kContractSm90:
       return true;
     case Way::kSeparate: {  // squares of sums over t need the one pass, weighted ones too
       const bool one_stride = problem.positions[0] == 1 && problem.positions[1] == 1;
@@ -128,6 +130,7 @@ bool applies(Way way, const OuterProblem& problem, const StatsOutputs& out, bool
 }
 
 Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear, const Options& options) {
+  if (options.way == int64_t(Way::kContractSm90)) return Way::kContract;
   Way best = Way::kContract;
   for (const Way way : {Way::kContract, Way::kSeparate, Way::kDepthwise}) {
     if (!applies(way, problem, out, linear)) continue;
@@ -135,6 +138,13 @@ Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear
     if (cost_of(way, problem, out).seconds() < cost_of(best, problem, out).seconds()) best = way;
   }
   return best;
+}
+
+bool wants_sm90(const OuterProblem& problem, const Options& options) {
+  constexpr bool kProven = false;
+  if (options.way == int64_t(Way::kContractSm90)) return true;
+  // Its slabs are 64 positions, its tiles 128 x 128.
+  return kProven && options.way == 0 && problem.T() >= 64 && problem.O >= 128 && problem.channels >= 128;
 }
 
 }  // namespace backpack_cuda::cuda

@@ -12,6 +12,7 @@ enum class Way : int {
   kSeparate = 2,   // Linear: grad by the library's product, norms by outer_norm (T = 1) or gram_norm, squares
                    // for T = 1 by square_gemm; reads the operands once for each
   kDepthwise = 3,  // convolutions: scalar arithmetic, one pass, no waste where groups have few channels
+  kContractSm90 = 4,  // as kContract, by wgmma and TMA where these apply
 };
 
 // Seconds on a model of an H100. The figures are assumptions of data sheets, not measurements; only their
@@ -32,5 +33,9 @@ bool applies(Way way, const OuterProblem& problem, const StatsOutputs& out, bool
 
 // The cheapest way that applies, or the one that `options` ask for.
 Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear, const Options& options);
+
+// Whether the contraction should try the path of sm_90a. It has never run on a GPU: until it has been right
+// and faster there (benchmarks/gpu_report.py), only the switch "way" chooses it.
+bool wants_sm90(const OuterProblem& problem, const Options& options);
 
 }  // namespace backpack_cuda::cuda

@@ -5,6 +5,7 @@ A library is named by a hash of all that went into it, so a second run compiles 
 
 import functools
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 CACHE = ROOT / "build" / "harness"
 COMPILER = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 SANITIZERS = {
     "": [],
     "thread": ["-fsanitize=thread"],
@@ -43,11 +45,18 @@ def cuda_include_folders():
         commands = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True)
         groups += [[Path(top) / "include"] for top in re.findall(r"^#\$ TOP=(.*)$", commands.stderr, re.M)]
     groups += [sorted((Path(entry) / "nvidia").glob("*/include")) for entry in sys.path]
-    needed = ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")
+    needed = ("cuda.h", "cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h", "crt/host_defines.h")
     for folders in groups:
         if all(any((folder / header).is_file() for folder in folders) for header in needed):
             return folders
     return []
+
+
+@functools.cache
+def cutlass_include_folder():
+    """Folder of CUTLASS' headers, which the nvidia-cutlass wheel carries, or None."""
+    spec = importlib.util.find_spec("cutlass_library")
+    return Path(spec.origin).parent / "source/include" if spec else None
 
 
 def run_compiler(arguments):
@@ -125,6 +134,32 @@ def with_includes(source, texts):
     return dict(sorted(found.items()))
 
 
+def cutlass_flags():
+    """For sources that include CuTe: its headers with their inline PTX rewritten come first, then the others.
+
+    The definitions stand for what nvcc defines for sm_90a, and for conditions of CuTe that ask for nvcc itself. Where
+    one is missing, CuTe takes a branch for the host, which does nothing and says nothing.
+    """
+    original = cutlass_include_folder()
+    sources = sorted(original.glob("cute/arch/*.hpp")) + [original / "cutlass/cutlass.h"]
+    names = ("config", "barrier", "reg_reconfig", "grid_dependency_control")
+    sources += [original / f"cutlass/arch/{name}.h" for name in names]
+    texts = {str(path.relative_to(original)): path.read_text() for path in sources}
+
+    def make(folder):
+        for name, text in texts.items():
+            copy = folder / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(rewrite(text))
+
+    rewriter = (CSRC / "harness/rewrite_ptx.py").read_text()
+    folders = [cached([rewriter, texts], "", make), original]
+    folders += [folder / "cccl" for folder in cuda_include_folders() if (folder / "cccl").is_dir()]
+    definitions = ["__CUDACC_VER_MAJOR__=13", "__CUDACC_VER_MINOR__=0", "__CUDA_ARCH_FEAT_SM90_ALL"]
+    definitions += ["CUTE_CVTA_GENERIC_TO_SHARED_ACTIVATED=1", "CUTE_ARCH_LDSM_SM75_ACTIVATED=1"]
+    return [f"-isystem{folder}" for folder in folders] + [f"-D{definition}" for definition in definitions]
+
+
 def torch_flags():
     """(compiler's, linker's) flags of sources that include torch's headers."""
     import torch
@@ -135,17 +170,19 @@ def torch_flags():
     return compiler, [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
 
 
-def build(sources, *, sanitizer="", defines=(), patches=(), operators=()):
+def build(sources, *, sanitizer="", defines=(), patches=(), operators=(), cutlass=False):
     """Compiles kernel sources and C++ files (paths below csrc) with the harness; returns the library's path.
 
     sanitizer: "", "thread" or "address" (which includes undefined behaviour); for the kernels only.
     operators: further C++ files, which include torch's headers and are compiled with `defines` alone.
+    cutlass: the sources include CuTe, and are compiled as if for sm_90a.
     """
     if not cuda_include_folders():
         raise RuntimeError("NVIDIA's CUDA headers are missing")
     tree = kernel_tree(patches)
     texts = {**plain_sources(), **tree}
-    flags = [*FLAGS, "-DCUDA_ON_CPU_ARCH=800", *SANITIZERS[sanitizer]]
+    flags = [*FLAGS, f"-DCUDA_ON_CPU_ARCH={900 if cutlass else 800}", *SANITIZERS[sanitizer]]
+    flags += cutlass_flags() if cutlass else []
     flags += ["-w"] if patches else []  # what a planted fault leaves unused is no news
     jobs = [(source, flags if operators else [*flags, *defines]) for source in sources]
     link = ["-shared", "-Wl,-Bsymbolic", *SANITIZERS[sanitizer]]

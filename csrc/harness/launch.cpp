@@ -48,6 +48,11 @@ void start_block(Block& block, size_t first_fiber, uint64_t number, dim3 grid, d
     barrier.waiting.clear();  // left over from a launch that failed
   }
   prepare_shared_memory(block.shared);
+  block.barrier_waiters.clear();
+  block.unfenced_barriers.clear();
+  block.tensor_copies.clear();
+  block.warpgroups.assign(warps / 4, Warpgroup{});
+  block.pending_wgmmas.clear();
   for (unsigned t = 0; t < threads; ++t) {
     Fiber& fiber = pooled_fiber(first_fiber + t);
     fiber.thread_index = {t % size.x, t / size.x % size.y, t / size.x / size.y};
@@ -62,6 +67,7 @@ void start_block(Block& block, size_t first_fiber, uint64_t number, dim3 grid, d
     fiber.warp->live |= 1u << fiber.lane;
     fiber.warp->ready = fiber.warp->live;
     fiber.done = false;
+    fiber.registers_fenced = false;
   }
 }
 
@@ -75,6 +81,10 @@ void run_resident_blocks() {
     resume(*fiber);
     if (current_launch.error) std::rethrow_exception(current_launch.error);
     if (fiber->done) threads_left--;
+  }
+  for (Block* block : current_launch.resident) {
+    if (block->tensor_copies.empty()) continue;
+    fail("the block ended before a copy into its shared memory, issued", block->tensor_copies[0].site);
   }
   sanitizers::acquire(&current_launch.end_word);
 }
@@ -178,20 +188,3 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), v
 }  // namespace cuda_on_cpu
 
 extern "C" const char* cuda_on_cpu_last_error() { return cuda_on_cpu::last_error; }
-
-// The CUDA runtime functions that launchers call. A failed launch has thrown already.
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-  switch (name) {
-    case cudaDevAttrMultiProcessorCount:
-      *value = 4;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
-      return cudaSuccess;
-    default:
-      return cudaErrorInvalidValue;
-  }
-}

@@ -40,7 +40,8 @@ struct MmaSlot {
   float c[4], d[4];
 };
 
-// Element `index` of a 32-bit operand register.
+}  // namespace
+
 float unpack(MmaElement element, uint32_t bits, int index) {
   const uint16_t half_word = uint16_t(index ? bits >> 16 : bits);
   switch (element) {
@@ -66,6 +67,8 @@ float truncate(double sum) {
   const bool rounded_up = std::isfinite(nearest) && std::abs(double{nearest}) > std::abs(sum);
   return rounded_up ? std::nextafter(nearest, 0.f) : nearest;
 }
+
+namespace {
 
 // With g = lane / 4, t = lane % 4 and E elements per register:
 //   A register r, element e: row g + 8 (r & 1), column t E + e + 4 E (r >> 1)

@@ -1,35 +1,15 @@
-// Executes the text of inline PTX statements: straight-line code with predicates, the instructions of sm_80
-// that the kernels use. Anything else throws, naming the instruction and the place.
+// Executes the text of inline PTX statements: code with predicates and branches, the instructions of sm_80
+// (here) and sm_90 (ptx_interpreter_sm90.cpp) that the kernels use. Anything else throws, naming the
+// instruction and the place.
 #include <cstdlib>
-#include <map>
-#include <string>
 #include <unordered_map>
-#include <vector>
 
-#include "harness/instructions.h"
+#include "harness/ptx_execution.h"
 #include "harness/sanitizers.h"
 
 namespace cuda_on_cpu {
+namespace ptx_interpreter {
 namespace {
-
-using std::string;
-using std::vector;
-
-struct Operand {
-  enum Kind { kArgument, kLiteral, kRegister, kVector, kMemory, kSink } kind;
-  int argument = 0;       // kArgument: N of %N
-  uint64_t literal = 0;   // kLiteral: its value; kMemory: the offset
-  string name;            // kRegister
-  vector<Operand> parts;  // kVector: the elements; kMemory: the base
-};
-
-struct Instruction {
-  string predicate;  // empty: always executed
-  bool negated = false;
-  string opcode;
-  vector<string> modifiers;  // the opcode, split at its dots
-  vector<Operand> operands;
-};
 
 string trim(const string& text) {
   const size_t first = text.find_first_not_of(" \t\n\r");
@@ -59,13 +39,17 @@ class Parser {
  public:
   Parser(const char* text, Site site) : text_(text), site_(site) {}
 
-  vector<Instruction> parse() {
+  Program parse() {
     string text = text_;
     for (size_t at; (at = text.find("%%")) != string::npos;)
       text.replace(at, 2, "$");  // a register's percent sign
-    vector<Instruction> program;
+    Program program;
     for (const string& piece : statements(text)) {
-      if (piece.compare(0, 5, ".reg ") != 0) program.push_back(instruction(piece));
+      if (piece.back() == ':') {
+        program.labels[trim(piece.substr(0, piece.size() - 1))] = program.instructions.size();
+      } else if (piece.compare(0, 5, ".reg ") != 0) {
+        program.instructions.push_back(instruction(piece));
+      }
     }
     return program;
   }
@@ -75,16 +59,23 @@ class Parser {
     fail(("PTX: " + what + ": " + text).c_str(), site_);
   }
 
-  // Ends at semicolons. A brace at the start of a statement opens or closes a scope and is dropped.
+  // Ends at semicolons, a label at its colon. A brace at the start of a statement opens or closes a scope and
+  // is dropped.
   static vector<string> statements(const string& text) {
     vector<string> pieces;
     string piece;
     int depth = 0;
-    for (char c : text) {
+    for (size_t i = 0; i < text.size(); ++i) {
+      const char c = text[i];
       if (trim(piece).empty() && depth == 0 && (c == '{' || c == '}')) continue;
       if (c == '{') ++depth;
       if (c == '}') --depth;
-      if (c == ';') {
+      const bool ends_label = c == ':' && depth == 0 && text[i + 1] != ':' && i > 0 && text[i - 1] != ':' &&
+                              trim(piece).find_first_of(" \t\n.[") == string::npos;
+      if (ends_label) {
+        pieces.push_back(trim(piece) + ':');
+        piece.clear();
+      } else if (c == ';') {
         if (!trim(piece).empty()) pieces.push_back(trim(piece));
         piece.clear();
       } else {
@@ -104,6 +95,11 @@ class Parser {
 
   Operand operand(const string& text) {
     if (text.empty()) bad("empty operand", text_);
+    if (text[0] != '{' && text[0] != '[' && text.find('|') != string::npos) {  // two results: d|p
+      Operand pair{Operand::kVector, 0, 0, "", {}};
+      for (const string& part : split(text, '|')) pair.parts.push_back(operand(part));
+      return pair;
+    }
     if (text[0] == '%') return {Operand::kArgument, int(number(text.substr(1))), 0, "", {}};
     if (text == "_") return {Operand::kSink, 0, 0, "", {}};
     if (isdigit(text[0]) || text[0] == '-') return {Operand::kLiteral, 0, number(text), "", {}};
@@ -114,9 +110,12 @@ class Parser {
       return vector_operand;
     }
     if (text[0] == '[') {
-      const vector<string> sum = split(inner, '+');
+      const vector<string> parts = split(inner, ',');
+      const vector<string> sum = parts.empty() ? parts : split(parts[0], '+');
       if (sum.empty() || sum.size() > 2) bad("unsupported address", text);
-      return {Operand::kMemory, 0, sum.size() == 2 ? number(sum[1]) : 0, "", {operand(sum[0])}};
+      Operand address{Operand::kMemory, 0, sum.size() == 2 ? number(sum[1]) : 0, "", {operand(sum[0])}};
+      for (size_t p = 1; p < parts.size(); ++p) address.parts.push_back(operand(parts[p]));
+      return address;
     }
     return {Operand::kRegister, 0, 0, text, {}};
   }
@@ -143,201 +142,97 @@ class Parser {
   Site site_;
 };
 
-class Execution {
- public:
-  Execution(PtxOperand* arguments, int count, Site site)
-      : arguments_(arguments), count_(count), site_(site) {}
-
-  void run(const vector<Instruction>& program) {
-    for (const Instruction& instruction : program) {
-      now_ = &instruction;
-      if (!instruction.predicate.empty()) {
-        const bool holds = registers_value(instruction.predicate) != 0;
-        if (holds == instruction.negated) continue;
-      }
-      step();
-    }
-  }
-
- private:
-  [[noreturn]] void bad(const string& what) { fail(("PTX: " + what + ": " + now_->opcode).c_str(), site_); }
-  bool has(const char* modifier) const {
-    for (const string& m : now_->modifiers) {
-      if (m == modifier) return true;
-    }
-    return false;
-  }
-  bool opcode_starts(const char* prefix) const {
-    return now_->opcode.compare(0, strlen(prefix), prefix) == 0;
-  }
-
-  size_t operand_count() const { return now_->operands.size(); }
-  const Operand& operand(size_t k) {
-    if (k >= operand_count()) bad("missing operand");
-    return now_->operands[k];
-  }
-  const vector<Operand>& vector_operand(size_t k, int length) {
-    if (operand(k).kind != Operand::kVector || int(operand(k).parts.size()) != length) {
-      bad("vector operand " + std::to_string(k) + " must have " + std::to_string(length) + " elements");
-    }
-    return operand(k).parts;
-  }
-  uint64_t registers_value(const string& name) {
-    const auto found = registers_.find(name);
-    if (found == registers_.end()) bad("undefined register " + name);
-    return found->second;
-  }
-  PtxOperand& argument(const Operand& o) {
-    if (o.argument < 0 || o.argument >= count_) bad("operand number out of range");
-    return arguments_[o.argument];
-  }
-  uint64_t get(const Operand& o) {
-    switch (o.kind) {
-      case Operand::kArgument:
-        return argument(o).bits;
-      case Operand::kLiteral:
-        return o.literal;
-      case Operand::kRegister:
-        return registers_value(o.name);
-      case Operand::kMemory:
-        return get(o.parts[0]) + o.literal;
-      default:
-        bad("operand cannot be read");
-    }
-  }
-  uint64_t address(size_t k) {
-    if (operand(k).kind != Operand::kMemory) bad("operand " + std::to_string(k) + " must be an address");
-    return get(operand(k));
-  }
-  void set(const Operand& o, uint64_t bits) {
-    if (o.kind == Operand::kRegister) {
-      registers_[o.name] = bits;
-    } else if (o.kind == Operand::kArgument) {
-      PtxOperand& target = argument(o);
-      if (!target.writable) bad("writes an input operand");
-      target.bits = bits;
-      memcpy(target.variable, &bits, target.size);
-    } else if (o.kind != Operand::kSink) {
-      bad("operand cannot be written");
-    }
-  }
-  void want_constraint(const Operand& o, char constraint) {
-    if (o.kind == Operand::kArgument && argument(o).constraint != constraint) {
-      bad(string("operand constraint must be \"") + constraint + "\"");
-    }
-  }
-  float get_float(const Operand& o) {
-    want_constraint(o, 'f');
-    const uint32_t bits = uint32_t(get(o));
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  }
-  void set_float(const Operand& o, float value) {
-    want_constraint(o, 'f');
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    set(o, bits);
-  }
-  uint32_t get_word(const Operand& o) {
-    want_constraint(o, 'r');
-    return uint32_t(get(o));
-  }
-
-  void step() {
-    const string& opcode = now_->opcode;
-    if (opcode_starts("mma.sync.aligned.")) return mma();
-    if (opcode_starts("ldmatrix.sync.aligned.m8n8.")) return ldmatrix();
-    if (opcode_starts("cp.async.ca.shared.global") || opcode_starts("cp.async.cg.shared.global"))
-      return cp_async();
-    if (opcode == "cp.async.commit_group") return async_commit_group();
-    if (opcode == "cp.async.wait_group") return async_wait_group(unsigned(get(operand(0))));
-    if (opcode == "cp.async.wait_all") return async_wait_all();
-    if (opcode == "cvt.rna.tf32.f32") return set(operand(0), round_to_tf32(get_float(operand(1))));
-    if (opcode == "bar.sync" || opcode == "barrier.sync") {
-      const unsigned threads = operand_count() > 1 ? unsigned(get(operand(1))) : 0;
-      block_barrier(int(get(operand(0))), threads, 0, BarrierKind::kSync, site_);
-      return;
-    }
-    if (opcode_starts("setp.")) return setp();
-    if (opcode == "selp.b32") return set(operand(0), get(operand(get(operand(3)) ? 1 : 2)));
-    if (opcode == "mov.b32" || opcode == "mov.u32" || opcode == "mov.b64")
-      return set(operand(0), get(operand(1)));
-    bad("unsupported instruction");
-  }
-
-  void mma() {
-    struct Shape {
-      const char* opcode;
-      MmaElement element;
-      int depth, a_registers, b_registers;
-    };
-    static const Shape shapes[] = {
-        {"mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 4, 2, 1},
-        {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 8, 4, 2},
-        {"mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 8, 2, 1},
-        {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 16, 4, 2},
-        {"mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 8, 2, 1},
-        {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 16, 4, 2}};
-    for (const Shape& shape : shapes) {
-      if (now_->opcode != shape.opcode) continue;
-      uint32_t a[4], b[2];
-      float c[4], d[4];
-      for (int r = 0; r < shape.a_registers; ++r) a[r] = get_word(vector_operand(1, shape.a_registers)[r]);
-      for (int r = 0; r < shape.b_registers; ++r) b[r] = get_word(vector_operand(2, shape.b_registers)[r]);
-      for (int r = 0; r < 4; ++r) c[r] = get_float(vector_operand(3, 4)[r]);
-      multiply_accumulate(shape.opcode, shape.element, shape.depth, d, a, b, c, site_);
-      for (int r = 0; r < 4; ++r) set_float(vector_operand(0, 4)[r], d[r]);
-      return;
-    }
-    bad("unsupported mma shape or type");
-  }
-
-  void ldmatrix() {
-    const int matrices = has("x4") ? 4 : has("x2") ? 2 : has("x1") ? 1 : 0;
-    if (!matrices || !has("shared") || !has("b16")) bad("unsupported ldmatrix");
-    const bool used = int(current_thread->lane) < 8 * matrices;
-    const char* const row = used ? shared_pointer(uint32_t(address(1)), 16, site_) : nullptr;
-    uint32_t out[4];
-    load_matrices(now_->opcode.c_str(), out, matrices, has("trans"), row, site_);
-    for (int m = 0; m < matrices; ++m) set(vector_operand(0, matrices)[m], out[m]);
-  }
-
-  void cp_async() {
-    const uint32_t size = uint32_t(get(operand(2)));
-    const uint32_t source_size = operand_count() > 3 ? uint32_t(get(operand(3))) : size;
-    if (size != 16 && !(has("ca") && (size == 4 || size == 8))) bad("bad copy size");
-    if (source_size > size) bad("src-size exceeds cp-size");
-    char* const destination = shared_pointer(uint32_t(address(0)), size, site_);
-    async_copy(destination, reinterpret_cast<const void*>(address(1)), size, source_size, site_);
-  }
-
-  void setp() {
-    if (!has("s32") && !has("u32") && !has("b32")) bad("unsupported setp");
-    int64_t a = int64_t(get(operand(1)) & 0xffffffffu), b = int64_t(get(operand(2)) & 0xffffffffu);
-    if (has("s32")) {
-      a = int32_t(a);
-      b = int32_t(b);
-    }
-    if (!has("eq") && !has("ne") && !has("lt") && !has("le") && !has("gt") && !has("ge"))
-      bad("unsupported setp");
-    const bool holds = (a < b && (has("lt") || has("le") || has("ne"))) ||
-                       (a == b && (has("eq") || has("le") || has("ge"))) ||
-                       (a > b && (has("gt") || has("ge") || has("ne")));
-    set(operand(0), holds);
-  }
-
-  PtxOperand* arguments_;
-  int count_;
-  Site site_;
-  const Instruction* now_ = nullptr;
-  std::map<string, uint64_t> registers_;
-};
-
 }  // namespace
 
+void Execution::step() {
+  const string& opcode = now_->opcode;
+  if (opcode_starts("mma.sync.aligned.")) return mma();
+  if (opcode_starts("ldmatrix.sync.aligned.m8n8.")) return ldmatrix();
+  if (opcode_starts("cp.async.ca.shared.global") || opcode_starts("cp.async.cg.shared.global"))
+    return cp_async();
+  if (opcode == "cp.async.commit_group") return async_commit_group();
+  if (opcode == "cp.async.wait_group") return async_wait_group(unsigned(get(operand(0))));
+  if (opcode == "cp.async.wait_all") return async_wait_all();
+  if (opcode == "cvt.rna.tf32.f32") return set(operand(0), round_to_tf32(get_float(operand(1))));
+  if (opcode == "bar.sync" || opcode == "barrier.sync") {
+    const unsigned threads = operand_count() > 1 ? unsigned(get(operand(1))) : 0;
+    block_barrier(int(get(operand(0))), threads, 0, BarrierKind::kSync, site_);
+    return;
+  }
+  if (opcode_starts("setp.")) return setp();
+  if (opcode == "selp.b32" || opcode == "selp.u32")
+    return set(operand(0), get(operand(get(operand(3)) ? 1 : 2)));
+  if (opcode == "mov.b32" || opcode == "mov.u32" || opcode == "mov.s32" || opcode == "mov.b64")
+    return set(operand(0), get(operand(1)));
+  bad("unsupported instruction");
+}
+
+void Execution::mma() {
+  struct Shape {
+    const char* opcode;
+    MmaElement element;
+    int depth, a_registers, b_registers;
+  };
+  static const Shape shapes[] = {
+      {"mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 4, 2, 1},
+      {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 8, 4, 2},
+      {"mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 8, 2, 1},
+      {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 16, 4, 2},
+      {"mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 8, 2, 1},
+      {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 16, 4, 2}};
+  for (const Shape& shape : shapes) {
+    if (now_->opcode != shape.opcode) continue;
+    uint32_t a[4], b[2];
+    float c[4], d[4];
+    for (int r = 0; r < shape.a_registers; ++r) a[r] = get_word(vector_operand(1, shape.a_registers)[r]);
+    for (int r = 0; r < shape.b_registers; ++r) b[r] = get_word(vector_operand(2, shape.b_registers)[r]);
+    for (int r = 0; r < 4; ++r) c[r] = get_float(vector_operand(3, 4)[r]);
+    multiply_accumulate(shape.opcode, shape.element, shape.depth, d, a, b, c, site_);
+    for (int r = 0; r < 4; ++r) set_float(vector_operand(0, 4)[r], d[r]);
+    return;
+  }
+  bad("unsupported mma shape or type");
+}
+
+void Execution::ldmatrix() {
+  const int matrices = has("x4") ? 4 : has("x2") ? 2 : has("x1") ? 1 : 0;
+  if (!matrices || !has("shared") || !has("b16")) bad("unsupported ldmatrix");
+  const bool used = int(current_thread->lane) < 8 * matrices;
+  const char* const row = used ? shared_pointer(uint32_t(address(1)), 16, site_) : nullptr;
+  uint32_t out[4];
+  load_matrices(now_->opcode.c_str(), out, matrices, has("trans"), row, site_);
+  for (int m = 0; m < matrices; ++m) set(vector_operand(0, matrices)[m], out[m]);
+}
+
+void Execution::cp_async() {
+  const uint32_t size = uint32_t(get(operand(2)));
+  const uint32_t source_size = operand_count() > 3 ? uint32_t(get(operand(3))) : size;
+  if (size != 16 && !(has("ca") && (size == 4 || size == 8))) bad("bad copy size");
+  if (source_size > size) bad("src-size exceeds cp-size");
+  char* const destination = shared_pointer(uint32_t(address(0)), size, site_);
+  async_copy(destination, reinterpret_cast<const void*>(address(1)), size, source_size, site_);
+}
+
+void Execution::setp() {
+  if (!has("s32") && !has("u32") && !has("b32")) bad("unsupported setp");
+  int64_t a = int64_t(get(operand(1)) & 0xffffffffu), b = int64_t(get(operand(2)) & 0xffffffffu);
+  if (has("s32")) {
+    a = int32_t(a);
+    b = int32_t(b);
+  }
+  if (!has("eq") && !has("ne") && !has("lt") && !has("le") && !has("gt") && !has("ge"))
+    bad("unsupported setp");
+  const bool holds = (a < b && (has("lt") || has("le") || has("ne"))) ||
+                     (a == b && (has("eq") || has("le") || has("ge"))) ||
+                     (a > b && (has("gt") || has("ge") || has("ne")));
+  set(operand(0), holds);
+}
+
+}  // namespace ptx_interpreter
+
 void execute_ptx(const char* text, PtxOperand* operands, int count, Site site) {
-  static std::unordered_map<const char*, vector<Instruction>> programs;  // by the literal's address
+  using namespace ptx_interpreter;
+  static std::unordered_map<const char*, Program> programs;  // by the literal's address
   if (!current_thread) fail("inline PTX outside a kernel", site);
   Quiet quiet;
   auto found = programs.find(text);

@@ -82,6 +82,9 @@ void announce_write(void* address, size_t bytes, Site site) {
 
 namespace sanitizers {
 
+SchedulerQuiet::SchedulerQuiet() { ignore_accesses(true); }
+SchedulerQuiet::~SchedulerQuiet() { ignore_accesses(false); }
+
 bool any_active() { return __tsan_create_fiber || __asan_poison_memory_region; }
 void release(void* sync_word) {
   if (__tsan_release) __tsan_release(sync_word);

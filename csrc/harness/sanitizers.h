@@ -23,6 +23,13 @@ void announce_write(void* address, size_t bytes, Site site);
 
 namespace sanitizers {
 
+// The same for the scheduler, when it performs copies.
+class SchedulerQuiet {
+ public:
+  SchedulerQuiet();
+  ~SchedulerQuiet();
+};
+
 bool any_active();
 void release(void* sync_word);
 void acquire(void* sync_word);

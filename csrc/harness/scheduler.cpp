@@ -7,6 +7,7 @@ namespace cuda_on_cpu {
 namespace {
 
 uint64_t random_state = 1;
+uint64_t picks_per_copy = 1;  // mean number of steps until a pending tensor copy is performed
 
 uint64_t random_number() {  // xorshift64
   random_state ^= random_state << 13;
@@ -17,11 +18,16 @@ uint64_t random_number() {  // xorshift64
 
 }  // namespace
 
-void seed_random(uint64_t seed) { random_state = 0x9e3779b97f4a7c15ull * (2 * seed + 1); }
+void seed_random(uint64_t seed) {
+  random_state = 0x9e3779b97f4a7c15ull * (2 * seed + 1);
+  picks_per_copy = 8192;
+}
 
 uint64_t random_below(uint64_t bound) { return current_launch.sequential ? 0 : random_number() % bound; }
 
-Fiber* pick_fiber() {
+namespace {
+
+Fiber* pick_ready_fiber() {
   const size_t blocks = current_launch.resident.size(), first = random_below(blocks);
   for (size_t b = 0; b < blocks; ++b) {
     Block& block = *current_launch.resident[(first + b) % blocks];
@@ -36,6 +42,34 @@ Fiber* pick_fiber() {
     }
   }
   return nullptr;
+}
+
+bool copies_are_pending() {
+  for (const Block* block : current_launch.resident) {
+    if (!block->tensor_copies.empty()) return true;
+  }
+  return false;
+}
+
+// Most copies come late, some soon: either may show an error.
+void perform_any_tensor_copy() {
+  const size_t blocks = current_launch.resident.size(), first = random_below(blocks);
+  for (size_t b = 0; b < blocks; ++b) {
+    if (!perform_a_tensor_copy(*current_launch.resident[(first + b) % blocks])) continue;
+    picks_per_copy = random_below(4) == 1 ? 16 : 8192;
+    return;
+  }
+}
+
+}  // namespace
+
+Fiber* pick_fiber() {
+  if (copies_are_pending() && random_below(picks_per_copy) == 1) perform_any_tensor_copy();
+  for (;;) {
+    if (Fiber* const fiber = pick_ready_fiber()) return fiber;
+    if (!copies_are_pending()) return nullptr;
+    perform_any_tensor_copy();
+  }
 }
 
 void make_ready(Fiber& fiber) {
@@ -53,6 +87,9 @@ void wait_here(const char* operation, Site site) {
 
 void thread_exits(Fiber& fiber) {
   fiber.done = true;
+  if (!fiber.warp->in_flight.empty() && !current_launch.error) {
+    fail("a thread exited without waiting for its wgmma instructions", fiber.waiting_at);
+  }
   fiber.open_copies.clear();
   fiber.committed_copies.clear();
   fiber.warp->ready &= ~(1u << fiber.lane);

@@ -45,6 +45,8 @@ struct Fiber : Thread {
   // async_copies.cpp
   AsyncCopies open_copies;
   std::vector<AsyncCopies> committed_copies;
+  // warpgroup_mma.cpp
+  bool registers_fenced = false;  // by wgmma.fence, since accumulators were last free to change
 };
 
 struct Collective {
@@ -55,6 +57,13 @@ struct Collective {
   CollectiveBody body;
 };
 
+// Registers that a wgmma is working on: poisoned from its issue to the wait, when the values are written.
+struct Accumulators {
+  uint64_t last_wgmma;
+  std::vector<float*> variables;  // [32 lanes, registers]
+  std::vector<float> values;
+};
+
 struct Warp {
   uint32_t live, ready;  // lane masks: not exited; able to run
   Fiber* fibers[kWarpSize];
@@ -63,6 +72,11 @@ struct Warp {
   // would reach a late acquire of this one and hide a race.
   int sync_words[2];
   unsigned phase;
+  // warpgroup_mma.cpp
+  std::map<const void*, Accumulators> in_flight;  // by the first lane's first register
+  std::vector<uint64_t> open_wgmmas;
+  std::vector<std::vector<uint64_t>> committed_wgmmas;
+  int wgmma_sync_word;
 };
 
 struct Barrier {
@@ -73,6 +87,42 @@ struct Barrier {
   std::vector<Fiber*> waiting;
   int sync_words[2];  // as in Warp
   unsigned phase;
+};
+
+// Four warps at a wgmma.
+struct WarpgroupSlot;
+struct Warpgroup {
+  unsigned arrived = 0;
+  std::vector<Fiber*> fibers;         // [128]
+  std::vector<WarpgroupSlot*> slots;  // [128]
+};
+
+// 16 bytes of a shared-memory operand of a wgmma, as they were at its issue.
+struct OperandBytes {
+  const char* where;
+  char bytes[16];
+};
+struct PendingWgmma {
+  std::vector<OperandBytes> operands;
+  int warps_to_wait = 4;
+};
+
+// A copy by the TMA unit: performed at a random moment after its issue.
+struct TensorCopy {
+  struct Piece {  // 16 bytes of the box
+    char* destination;
+    const char* source;
+    uint32_t source_size;  // bytes; those past it are zero-filled
+  };
+  std::vector<Piece> pieces;
+  uint64_t* barrier;
+  Site site;
+};
+
+struct BarrierWaiter {
+  Fiber* fiber;
+  uint64_t* barrier;
+  unsigned parity;
 };
 
 struct SharedMemory {
@@ -90,6 +140,12 @@ struct Block {
   Barrier barriers[kBarriers];
   unsigned live_threads, threads;
   SharedMemory shared;
+  // sm_90
+  std::vector<BarrierWaiter> barrier_waiters;     // memory_barriers.cpp
+  std::map<uint64_t*, Fiber*> unfenced_barriers;  // initialised, but not yet visible to the TMA unit
+  std::vector<TensorCopy> tensor_copies;          // tensor_copies.cpp: issued, not yet performed
+  std::vector<Warpgroup> warpgroups;              // warpgroup_mma.cpp
+  std::map<uint64_t, PendingWgmma> pending_wgmmas;
 };
 
 struct Launch {
@@ -135,5 +191,8 @@ void check_collective(Warp& warp, Collective& collective);
 
 // shared_memory.cpp
 void prepare_shared_memory(SharedMemory& shared);
+
+// tensor_copies.cpp
+bool perform_a_tensor_copy(Block& block);  // false: none was pending
 
 }  // namespace cuda_on_cpu

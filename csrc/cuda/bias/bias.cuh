@@ -37,10 +37,15 @@ struct alignas(sizeof(T) * kSize) BiasVector {
 };
 
 template <class T, int kSize>
-__device__ __forceinline__ void load_vector(const T* from, float (&to)[kSize]) {
-  const BiasVector<T, kSize> vector = *reinterpret_cast<const BiasVector<T, kSize>*>(from);
+__device__ __forceinline__ BiasVector<T, kSize> load_vector(const T* from) {
+  return *reinterpret_cast<const BiasVector<T, kSize>*>(from);
+}
+
+// As float32; zeros instead of a vector that is not part of the sum.
+template <class T, int kSize>
+__device__ __forceinline__ void convert(const BiasVector<T, kSize>& from, bool counts, float (&to)[kSize]) {
 #pragma unroll
-  for (int k = 0; k < kSize; ++k) to[k] = static_cast<float>(vector.values[k]);
+  for (int k = 0; k < kSize; ++k) to[k] = counts ? static_cast<float>(from.values[k]) : 0.f;
 }
 
 __device__ __forceinline__ void store_element(void* to, int64_t at, float value, Element element) {
@@ -53,15 +58,15 @@ __device__ __forceinline__ void store_element(void* to, int64_t at, float value,
   }
 }
 
-// Where position t is, in elements.
-__device__ __forceinline__ int64_t position_offset(const BiasParams& params, int64_t t) {
-  const BiasProblem& problem = params.problem;
-  if (params.one_dim) return t * problem.stride[2];
+// Where position t is, in elements. kOneDim: only the last position dim is longer than 1.
+template <bool kOneDim>
+__device__ __forceinline__ int64_t position_offset(const BiasProblem& problem, unsigned t) {
+  if constexpr (kOneDim) return t * problem.stride[2];
   const unsigned width = static_cast<unsigned>(problem.size[2]),
                  height = static_cast<unsigned>(problem.size[1]);
-  const unsigned row = static_cast<unsigned>(t) / width, depth = row / height;
+  const unsigned row = t / width, depth = row / height;
   return depth * problem.stride[0] + (row - depth * height) * problem.stride[1] +
-         (static_cast<unsigned>(t) - row * width) * problem.stride[2];
+         (t - row * width) * problem.stride[2];
 }
 
 // The statistics of one output over the samples of a split.
@@ -112,17 +117,19 @@ __global__ void __launch_bounds__(kMaxBiasThreads, 2) bias_few_positions_kernel(
                 end = params.samples * (split + 1) / pass.splits;
   for (int64_t batch = begin; batch < end; batch += kBiasBatch) {
     float g[kBiasBatch][kOutputs] = {};
-    for (int64_t t = 0; t < params.steps; ++t) {
-      const T* const at = data + (batch * problem.stride_n + position_offset(params, t));
-      float x[kBiasBatch][kOutputs] = {};
+    for (unsigned t = 0; t < params.steps; ++t) {
+      const T* const at = data + (batch * problem.stride_n + position_offset<false>(problem, t));
+      BiasVector<T, kOutputs> loaded[kBiasBatch];
 #pragma unroll
-      for (int s = 0; s < kBiasBatch; ++s) {
-        if (active && batch + s < end) load_vector<T>(at + s * problem.stride_n, x[s]);
+      for (int s = 0; s < kBiasBatch; ++s) {  // the last sample again instead of those beyond
+        loaded[s] = load_vector<T, kOutputs>(at + min(int64_t{s}, end - 1 - batch) * problem.stride_n);
       }
 #pragma unroll
       for (int s = 0; s < kBiasBatch; ++s) {
+        float x[kOutputs];
+        convert<T>(loaded[s], active, x);
 #pragma unroll
-        for (int k = 0; k < kOutputs; ++k) g[s][k] += x[s][k];
+        for (int k = 0; k < kOutputs; ++k) g[s][k] += x[k];
       }
     }
 #pragma unroll
@@ -148,19 +155,26 @@ __global__ void __launch_bounds__(kMaxBiasThreads, 2) bias_few_positions_kernel(
   for (int k = 0; k < kOutputs; ++k) moments[k].write(params, split, first_output + k);
 }
 
-// The sums over steps slot, slot + slots, ... of [first, end); each load takes kVector elements.
-// `offset(step)` is a load's place.
-template <class T, int kVector, class Offset>
-__device__ __forceinline__ void sum_steps(const T* data, int64_t first, int64_t end, int slots, Offset offset,
-                                          float (&sums)[kVector]) {
+// The sums over the steps first, first + slots, ... below end; each loads kVector elements, kStride positions
+// from the step before.
+template <class T, int kVector, int kStride, bool kOneDim>
+__device__ __forceinline__ void sum_steps(const BiasProblem& problem, const T* data, unsigned first,
+                                          unsigned end, unsigned slots, float (&sums)[kVector]) {
   double totals[kVector] = {};
-  int64_t step = first;
+  unsigned step = first;
   while (step < end) {
     float part[kVector] = {};
-    for (int round = 0; round < 8 && step + (kBiasLoads - 1) * slots < end; ++round) {
+#pragma unroll 1
+    for (int round = 0; round < 8 && step < end; ++round) {
+      BiasVector<T, kVector> loaded[kBiasLoads];
+#pragma unroll
+      for (int l = 0; l < kBiasLoads; ++l) {  // the last step again instead of those beyond: no branch
+        const unsigned at = min(step + l * slots, end - 1);
+        loaded[l] = load_vector<T, kVector>(data + position_offset<kOneDim>(problem, at * kStride));
+      }
       float x[kBiasLoads][kVector];
 #pragma unroll
-      for (int l = 0; l < kBiasLoads; ++l) load_vector<T>(data + offset(step + l * slots), x[l]);
+      for (int l = 0; l < kBiasLoads; ++l) convert<T>(loaded[l], step + l * slots < end, x[l]);
 #pragma unroll
       for (int distance = 1; distance < kBiasLoads; distance *= 2) {
 #pragma unroll
@@ -172,15 +186,6 @@ __device__ __forceinline__ void sum_steps(const T* data, int64_t first, int64_t 
 #pragma unroll
       for (int k = 0; k < kVector; ++k) part[k] += x[0][k];
       step += kBiasLoads * slots;
-    }
-    if (step + (kBiasLoads - 1) * slots >= end) {  // fewer than eight are left
-#pragma unroll 4
-      for (; step < end; step += slots) {
-        float x[kVector];
-        load_vector<T>(data + offset(step), x);
-#pragma unroll
-        for (int k = 0; k < kVector; ++k) part[k] += x[k];
-      }
     }
 #pragma unroll
     for (int k = 0; k < kVector; ++k) totals[k] += part[k];
@@ -227,12 +232,16 @@ __global__ void __launch_bounds__(kMaxBiasThreads, 2) bias_many_positions_kernel
                 end = params.samples * (split + 1) / pass.splits;
   for (int64_t sample = begin; sample < end; ++sample) {
     const int64_t n = sample / params.t_splits, part = sample % params.t_splits;
-    const int64_t first_step = params.steps * part / params.t_splits;
-    const int64_t last_step = active ? params.steps * (part + 1) / params.t_splits : 0;
+    const unsigned first_step = static_cast<unsigned>(params.steps * part / params.t_splits) + my_slot;
+    const unsigned end_step = active ? static_cast<unsigned>(params.steps * (part + 1) / params.t_splits) : 0;
+    const T* const its_data = data + n * problem.stride_n;
+    constexpr int kStride = kVectorOfOutputs ? 1 : kVector;
     float x[kVector];
-    sum_steps<T>(
-        data + n * problem.stride_n, first_step + my_slot, last_step, pass.slots,
-        [&](int64_t step) { return position_offset(params, kVectorOfOutputs ? step : step * kVector); }, x);
+    if (kStride > 1 || params.one_dim) {
+      sum_steps<T, kVector, kStride, true>(problem, its_data, first_step, end_step, pass.slots, x);
+    } else {
+      sum_steps<T, kVector, kStride, false>(problem, its_data, first_step, end_step, pass.slots, x);
+    }
     float g[kOutputs];
 #pragma unroll
     for (int k = 0; k < kVector; ++k) g[k % kOutputs] = k < kOutputs ? x[k] : g[k % kOutputs] + x[k];

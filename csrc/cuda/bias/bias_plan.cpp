@@ -67,7 +67,9 @@ BiasPass plan_pass(const BiasProblem& problem, int64_t samples, int64_t T, const
   if (!few_positions) {
     const int most_slots = pass.lanes_along_outputs ? 8 : kWarp;
     pass.slots = pass.lanes_along_outputs ? 8 : 2;
-    while (pass.slots < most_slots && steps >= 16 * pass.slots) pass.slots *= 2;
+    // Fewer loads along the positions, where adjacent slots read adjacent elements of short rows.
+    const int loads = pass.lanes_along_outputs ? 8 : 4;
+    while (pass.slots < most_slots && steps >= 2 * loads * pass.slots) pass.slots *= 2;
     const int64_t wanted_threads = int64_t{sm_count} * 1024;
     const int most = pass.lanes_along_outputs ? kMaxBiasThreads / 8 : kMaxBiasThreads;  // 8 lanes: 128 bytes
     while (pass.slots < most && steps >= 16 * pass.slots && samples * units * pass.slots < wanted_threads) {

@@ -105,7 +105,8 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* shared
 // error of 2^-21 |x|; rounding it as well changes nothing measurable). With one term lo is not used.
 struct Tf32Split {
   uint32_t hi, lo;
-  __device__ __forceinline__ explicit Tf32Split(float x) {  // not by initialisers: nvcc shows those to the host
+  __device__ __forceinline__ explicit Tf32Split(float x) {
+    // Not by initialisers: nvcc shows those to the host.
     hi = round_to_tf32(x);
     lo = __float_as_uint(x - __uint_as_float(hi));
   }

@@ -15,7 +15,8 @@ namespace backpack_cuda::cuda {
 // All that the precision, the loaders and the tile decide.
 template <ContractPrecision kPrecision, ContractLoader kLoader, ContractTile kTile>
 struct ContractTraits {
-  static constexpr bool kHalf = kPrecision == ContractPrecision::kBFloat16 || kPrecision == ContractPrecision::kFloat16;
+  static constexpr bool kHalf =
+      kPrecision == ContractPrecision::kBFloat16 || kPrecision == ContractPrecision::kFloat16;
   using Element = std::conditional_t<
       !kHalf, float, std::conditional_t<kPrecision == ContractPrecision::kBFloat16, __nv_bfloat16, __half>>;
   // A warp's 64x32 or 32x32 share: with the sum and the squares, three such tiles fit its registers.
@@ -32,10 +33,10 @@ struct ContractTraits {
   using SlabB = SlabA;
   using LoaderA = std::conditional_t<kLoader == ContractLoader::kRows, RowLoader<SlabA, kThreads>,
                                      PatchLoader<SlabA, kThreads, kLoader == ContractLoader::kChannelsLast>>;
-  using LoaderB = std::conditional_t<
-      kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads>,
-      std::conditional_t<kLoader == ContractLoader::kElements, PatchLoader<SlabB, kThreads, false>,
-                         RowLoader<SlabB, kThreads>>>;
+  using LoaderB =
+      std::conditional_t<kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads>,
+                         std::conditional_t<kLoader == ContractLoader::kElements,
+                                            PatchLoader<SlabB, kThreads, false>, RowLoader<SlabB, kThreads>>>;
   template <class B, class A>
   struct Select {
     using type = Tf32Fragments<B, A, kWarpO, kWarpI, kPrecision == ContractPrecision::kTf32 ? 1 : 3>;
@@ -50,14 +51,15 @@ struct ContractTraits {
   // The slabs' columns have another order than the weight's.
   static constexpr bool kOwnOrder = kLoader == ContractLoader::kChannelsLast;
 
-  struct Shared {
+  struct Shared {  // 36 to 44 KiB for 64x64, 68 to 87 KiB for 128x128
     alignas(16) Element b[kContractStages][SlabB::kElements];
     alignas(16) Element a[kContractStages][SlabA::kElements];
     typename LoaderA::Shared loader_a;
     typename LoaderB::Shared loader_b;
     ContractBlock block;
     int weight_columns[kOwnOrder ? kEdge : 1];
-    float norms[2][2][kWarps];  // of the samples that a slab completes, up to two; for slabs of even and odd stages
+    // Of the samples that a slab completes, up to two; for slabs of even and of odd stages.
+    float norms[2][2][kWarps];
   };
 };
 
@@ -193,22 +195,26 @@ void launch_contract_kernel(const ContractParams& params, cudaStream_t stream) {
   auto* const kernel = &contract_kernel<Traits, kSquares>;
   constexpr size_t kBytes = sizeof(typename Traits::Shared);
   check(allow_dynamic_shared(kernel, kBytes), "contract");
-  const unsigned blocks = unsigned(params.tiles_i) * params.tiles_o * params.groups * params.splits * params.t_splits;
+  const unsigned blocks =
+      unsigned(params.tiles_i) * params.tiles_o * params.groups * params.splits * params.t_splits;
   KERNEL_LAUNCH(dim3(blocks), dim3(Traits::kThreads), kBytes, stream, kernel, params);
   check(cudaGetLastError(), "contract");
 }
 
 template <class Traits>
 void launch_contract_mode(const ContractParams& params, bool squares, cudaStream_t stream) {
-  squares ? launch_contract_kernel<Traits, true>(params, stream) : launch_contract_kernel<Traits, false>(params, stream);
+  squares ? launch_contract_kernel<Traits, true>(params, stream)
+          : launch_contract_kernel<Traits, false>(params, stream);
 }
 
 // No 128x128 with three products, as contract_plan.cpp knows: it would not fit the registers.
 template <ContractPrecision kPrecision, ContractLoader kLoader>
-void launch_contract_tile(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
+void launch_contract_tile(const ContractParams& params, ContractTile tile, bool squares,
+                          cudaStream_t stream) {
   if constexpr (kPrecision != ContractPrecision::kTf32x3) {
     if (tile == ContractTile::k128) {
-      return launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k128>>(params, squares, stream);
+      return launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k128>>(params, squares,
+                                                                                           stream);
     }
   }
   launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k64>>(params, squares, stream);

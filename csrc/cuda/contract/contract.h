@@ -15,7 +15,7 @@ enum class ContractPrecision : int { kTf32, kTf32x3, kBFloat16, kFloat16 };
 
 // How the operands reach shared memory; the numbers are those of Options::loader.
 enum class ContractLoader : int {
-  kRows = 1,          // both operands: rows of adjacent channels, one stride for all positions, 16-byte copies
+  kRows = 1,  // both operands: rows of adjacent channels, one stride for all positions, 16-byte copies
   kChannelsLast = 2,  // a: patches by 16-byte copies along the channels; b as in kRows
   kPositions = 3,     // a: patches by single elements; b: adjacent positions, by the widest copy they allow
   kElements = 4,      // any strides, single elements
@@ -28,19 +28,19 @@ struct ContractPlan {
   ContractPrecision precision;
   ContractLoader loader;
   ContractTile tile;
-  bool squares;         // keeps a tile of squares besides the sum
-  bool packed;          // two samples per slab, for T of one mma depth at most
-  int copy_bytes;       // of b in kPositions: 16, 8, 4 or 2
-  int splits;           // of the samples, with partial sums in the workspace if above 1
-  int t_splits;         // of the positions; above 1, splits is N, and the workspace holds parts of each G_n
-  int t_per_split;      // positions of each, a multiple of the slab's rows
-  int tiles_o, tiles_i; // per group
-  int64_t norm_columns; // partial norms per sample
-  // Parts of the workspace, in bytes from its begin. Bounds, with S blocks that fit on the chip at a time
-  // (sm_count, or three times that for 64x64) and tiles of A elements:
-  //   sums, squares: 8 S A bytes each, 17 MB each on 132 multiprocessors, whatever the problem; nothing
-  //                  unless tiles alone leave the chip idle; parts of G_n: 4 S A bytes
-  //   norms:         4 N bytes per tile of the weight, at most N R I / 1024 bytes when R and I fill their tiles
+  bool squares;          // keeps a tile of squares besides the sum
+  bool packed;           // two samples per slab, for T of one mma depth at most
+  int copy_bytes;        // of b in kPositions: 16, 8, 4 or 2
+  int splits;            // of the samples, with partial sums in the workspace if above 1
+  int t_splits;          // of the positions; above 1, splits is N, and the workspace holds parts of each G_n
+  int t_per_split;       // positions of each, a multiple of the slab's rows
+  int tiles_o, tiles_i;  // per group
+  int64_t norm_columns;  // partial norms per sample
+  // Parts of the workspace, in bytes from its begin. Bounds, where S blocks fit on the chip at a time
+  // (sm_count, or three times that for 64x64) and a tile has A elements:
+  //   sums, squares: 8 S A bytes each, which is 17 MB on 132 multiprocessors, whatever the problem; nothing
+  //                  unless the tiles alone leave the chip idle. With t_splits, sums alone, of 4 S A bytes
+  //   norms:         4 N bytes per tile of the weight (per 32 elements of it with t_splits); nothing with one
   int64_t norms_at, sums_at, squares_at;
   int64_t workspace_bytes;
 };
@@ -49,6 +49,7 @@ struct ContractPlan {
 ContractPlan plan_contract(const OuterProblem& problem, const StatsOutputs& outputs, int sm_count,
                            const Options& options);
 
+// A sample with infinite operands may have NaN for its norm: zeros of the tiles' edges are multiplied too.
 // Asynchronous; throws when a launch fails. `workspace`: plan.workspace_bytes, aligned to 16.
 void launch_contract(const OuterProblem& problem, const StatsOutputs& outputs, const ContractPlan& plan,
                      void* workspace, cudaStream_t stream);

@@ -2,7 +2,8 @@
 
 namespace backpack_cuda::cuda {
 
-void contract_bfloat16_rows(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
+void contract_bfloat16_rows(const ContractParams& params, ContractTile tile, bool squares,
+                            cudaStream_t stream) {
   launch_contract_tile<ContractPrecision::kBFloat16, ContractLoader::kRows>(params, tile, squares, stream);
 }
 

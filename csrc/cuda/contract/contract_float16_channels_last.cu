@@ -2,8 +2,10 @@
 
 namespace backpack_cuda::cuda {
 
-void contract_float16_channels_last(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kFloat16, ContractLoader::kChannelsLast>(params, tile, squares, stream);
+void contract_float16_channels_last(const ContractParams& params, ContractTile tile, bool squares,
+                                    cudaStream_t stream) {
+  launch_contract_tile<ContractPrecision::kFloat16, ContractLoader::kChannelsLast>(params, tile, squares,
+                                                                                   stream);
 }
 
 }  // namespace backpack_cuda::cuda

@@ -8,7 +8,8 @@ namespace {
 constexpr int kDims = 3;
 
 // A distance that is walked only between the positions of one dim: rows and positions have a single stride.
-int64_t last_walked_stride(const int (&positions)[kDims], const int64_t (&stride)[kDims], const int (&step)[kDims]) {
+int64_t last_walked_stride(const int (&positions)[kDims], const int64_t (&stride)[kDims],
+                           const int (&step)[kDims]) {
   for (int d = kDims - 1; d >= 0; --d) {
     if (positions[d] > 1) return stride[d] * step[d];
   }
@@ -54,7 +55,8 @@ ContractOperand operand_b(const OuterProblem& p) {
 // By ContractPrecision and ContractLoader.
 constexpr ContractLauncher kLaunchers[4][4] = {
     {contract_tf32_rows, contract_tf32_channels_last, contract_tf32_positions, contract_tf32_elements},
-    {contract_tf32x3_rows, contract_tf32x3_channels_last, contract_tf32x3_positions, contract_tf32x3_elements},
+    {contract_tf32x3_rows, contract_tf32x3_channels_last, contract_tf32x3_positions,
+     contract_tf32x3_elements},
     {contract_bfloat16_rows, contract_bfloat16_channels_last, contract_bfloat16_positions,
      contract_bfloat16_elements},
     {contract_float16_rows, contract_float16_channels_last, contract_float16_positions,
@@ -65,8 +67,8 @@ bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) 
 
 }  // namespace
 
-void launch_contract(const OuterProblem& p, const StatsOutputs& out, const ContractPlan& plan, void* workspace,
-                     cudaStream_t stream) {
+void launch_contract(const OuterProblem& p, const StatsOutputs& out, const ContractPlan& plan,
+                     void* workspace, cudaStream_t stream) {
   const auto part = [&](int64_t at) { return reinterpret_cast<float*>(static_cast<char*>(workspace) + at); };
   const bool parts = plan.t_splits > 1, split = !parts && plan.splits > 1;
   const bool join_norms = out.batch_l2 && plan.norm_columns > 1;
@@ -105,8 +107,8 @@ void launch_contract(const OuterProblem& p, const StatsOutputs& out, const Contr
       params.sum_grad_centered_squared = out.sum_grad_centered_squared;
     }
   }
-  kLaunchers[static_cast<int>(plan.precision)][static_cast<int>(plan.loader) - 1](params, plan.tile, plan.squares,
-                                                                                 stream);
+  kLaunchers[static_cast<int>(plan.precision)][static_cast<int>(plan.loader) - 1](params, plan.tile,
+                                                                                  plan.squares, stream);
   if (parts) {
     params.centered = out.sum_grad_centered_squared != nullptr;
     params.weights = out.weights;
@@ -117,7 +119,8 @@ void launch_contract(const OuterProblem& p, const StatsOutputs& out, const Contr
     params.sum_grad_centered_squared = out.sum_grad_centered_squared;
     contract_join_parts(params, p.element, stream);
   } else if (partial_sums) {
-    const SplitSums sums{plan.splits, p.N, count, params.partial_sums, params.partial_squares, params.centered};
+    const SplitSums sums{plan.splits,    p.N, count, params.partial_sums, params.partial_squares,
+                         params.centered};
     merge_splits(sums, p.element, out, stream);
   }
   if (join_norms) sum_rows(norms, out.batch_l2, p.N, plan.norm_columns, stream);

@@ -22,19 +22,19 @@ struct ContractOperand {
 struct ContractParams {
   ContractOperand a, b;
   int N, T, O, I, groups, positions[3];
-  int tiles_o, tiles_i;           // per group
-  int splits, t_splits;           // of the samples and of the positions
-  int t_per_split;                // a multiple of the slab's rows
-  bool packed;                    // two samples per slab
-  int copy_bytes;                 // of b in ContractLoader::kPositions
-  bool vector_stores;             // results are aligned for stores of several adjacent columns
-  bool centered;                  // squares are of deviations from the split's mean
-  const float* weights;           // [N], or null
-  float* norms;                   // [N, tiles] squared norms of the tiles, or null
-  void* batch_grad;               // [N, R, I], or null
-  float* partial_sums;            // [splits * t_splits, R, I], or null with the rest: results are final
-  float* partial_squares;         // [splits, R, I]
-  void* grad;                     // [R, I], or null
+  int tiles_o, tiles_i;              // per group
+  int splits, t_splits;              // of the samples and of the positions
+  int t_per_split;                   // a multiple of the slab's rows
+  bool packed;                       // two samples per slab
+  int copy_bytes;                    // of b in ContractLoader::kPositions
+  bool vector_stores;                // results are aligned for stores of several adjacent columns
+  bool centered;                     // squares are of deviations from the split's mean
+  const float* weights;              // [N], or null
+  float* norms;                      // [N, tiles] squared norms of the tiles, or null
+  void* batch_grad;                  // [N, R, I], or null
+  float* partial_sums;               // [splits * t_splits, R, I], or null with the rest: results are final
+  float* partial_squares;            // [splits, R, I]
+  void* grad;                        // [R, I], or null
   float* sum_grad_squared;           // [R, I], or null
   float* sum_grad_centered_squared;  // [R, I], or null
 };
@@ -42,10 +42,10 @@ struct ContractParams {
 // Launches an instantiation; one function per .cu file.
 using ContractLauncher = void (*)(const ContractParams& params, ContractTile tile, bool squares,
                                   cudaStream_t stream);
-#define CONTRACT_LAUNCHERS(precision)                                                                          \
-  void contract_##precision##_rows(const ContractParams&, ContractTile, bool, cudaStream_t);                   \
-  void contract_##precision##_channels_last(const ContractParams&, ContractTile, bool, cudaStream_t);          \
-  void contract_##precision##_positions(const ContractParams&, ContractTile, bool, cudaStream_t);              \
+#define CONTRACT_LAUNCHERS(precision)                                                                 \
+  void contract_##precision##_rows(const ContractParams&, ContractTile, bool, cudaStream_t);          \
+  void contract_##precision##_channels_last(const ContractParams&, ContractTile, bool, cudaStream_t); \
+  void contract_##precision##_positions(const ContractParams&, ContractTile, bool, cudaStream_t);     \
   void contract_##precision##_elements(const ContractParams&, ContractTile, bool, cudaStream_t);
 CONTRACT_LAUNCHERS(tf32)
 CONTRACT_LAUNCHERS(tf32x3)

@@ -2,7 +2,8 @@
 
 namespace backpack_cuda::cuda {
 
-void contract_tf32x3_elements(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
+void contract_tf32x3_elements(const ContractParams& params, ContractTile tile, bool squares,
+                              cudaStream_t stream) {
   launch_contract_tile<ContractPrecision::kTf32x3, ContractLoader::kElements>(params, tile, squares, stream);
 }
 

@@ -12,11 +12,12 @@ struct alignas(kCount * sizeof(T)) Run {
   T values[kCount];
 };
 
-// Stores value(m, r, run, e), a warp's share of the tile, into out [R, I]. (row0, column0): of the warp in the
-// tile. weight_columns: of the tile's columns, -1 past the edge, where they are not in order; else null.
+// Stores value(m, r, run, e), a warp's share of the tile, into out [R, I]. (row0, column0): of the warp in
+// the tile. weight_columns: of the tile's columns, -1 past the edge, where they are not in order; else null.
 template <class Fragments, bool kOwnOrder, class T, class Value>
 __device__ __forceinline__ void store_tile(const ContractParams& params, const ContractBlock& block, int row0,
-                                           int column0, const int* weight_columns, T* out, const Value& value) {
+                                           int column0, const int* weight_columns, T* out,
+                                           const Value& value) {
   constexpr int kRun = Fragments::kRun;
   const int lane = compute_late(threadIdx.x) % 32;
   out += static_cast<int64_t>(block.group) * params.O * params.I;
@@ -68,7 +69,8 @@ class Epilogue {
     if constexpr (kSquares) {
       if (params_.centered) {
         const SampleWeights weights(n - shared_.block.n_begin);
-        each([&](int m, int c, int r) { add_centered(g[m][c][r], weights, sum_[m][c][r], square_[m][c][r]); });
+        each(
+            [&](int m, int c, int r) { add_centered(g[m][c][r], weights, sum_[m][c][r], square_[m][c][r]); });
       } else {
         each([&](int m, int c, int r) {
           sum_[m][c][r] += g[m][c][r];
@@ -89,9 +91,7 @@ class Epilogue {
     }
     if (params_.batch_grad) {
       Element* const out = static_cast<Element*>(params_.batch_grad) + n * elements();
-      store(out, [&](int m, int r, int run, int e) {
-        return Fragments::value(g, m, r, run, e);
-      });
+      store(out, [&](int m, int r, int run, int e) { return Fragments::value(g, m, r, run, e); });
     }
   }
 
@@ -104,7 +104,9 @@ class Epilogue {
       store(static_cast<Element*>(params_.grad), sum);
     }
     if constexpr (kSquares) {
-      const auto square = [&](int m, int r, int run, int e) { return Fragments::value(square_, m, r, run, e); };
+      const auto square = [&](int m, int r, int run, int e) {
+        return Fragments::value(square_, m, r, run, e);
+      };
       if (params_.partial_squares) {
         store(params_.partial_squares + part * elements(), square);
         return;
@@ -129,8 +131,8 @@ class Epilogue {
   template <class T, class Value>
   __device__ __forceinline__ void store(T* out, const Value& value) const {
     const int warp = threadIdx.x / 32;
-    store_tile<Fragments, Traits::kOwnOrder>(params_, shared_.block, Traits::warp_o(warp), Traits::warp_i(warp),
-                                             shared_.weight_columns, out, value);
+    store_tile<Fragments, Traits::kOwnOrder>(params_, shared_.block, Traits::warp_o(warp),
+                                             Traits::warp_i(warp), shared_.weight_columns, out, value);
   }
   template <class Do>
   static __device__ __forceinline__ void each(const Do& apply) {

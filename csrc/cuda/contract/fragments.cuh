@@ -4,7 +4,8 @@
 // warp's first column; row(lane, m, r). A lane's accumulators of one row form kRuns runs of kRun adjacent
 // columns: run_column(lane, run) and value(acc, m, r, run, e) undo the layout.
 //
-// lane = 4 g + q; acc[m][n][2 r + c] is element (g + 8 r, 2 q + c) of mma tile (m, n), as the PTX ISA numbers.
+// lane = 4 g + q; acc[m][n][2 r + c] is element (g + 8 r, 2 q + c) of mma tile (m, n), as the PTX ISA
+// numbers.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -21,7 +22,8 @@ __device__ __forceinline__ constexpr int tf32_column(int group, int v) {
 
 // values[v][half]: element (q + 4 half, column v) for v in [v0, v0 + kCount).
 template <class Slab, int kCount>
-__device__ __forceinline__ void load_tf32_values(float (&values)[kCount][2], const float* slab, int v0, int lane) {
+__device__ __forceinline__ void load_tf32_values(float (&values)[kCount][2], const float* slab, int v0,
+                                                 int lane) {
   static_assert(kCount % 4 == 0);
   const int g = lane / 4, q = lane % 4;
 #pragma unroll
@@ -62,7 +64,8 @@ struct Tf32Fragments {
     return acc[m][run / 2 * 4 + e][2 * r + run % 2];
   }
 
-  static __device__ __forceinline__ void step(Accumulator& acc, const float* slab_b, const float* slab_a, int lane) {
+  static __device__ __forceinline__ void step(Accumulator& acc, const float* slab_b, const float* slab_a,
+                                              int lane) {
     uint32_t b_hi[kM][4], b_lo[kM][4];
     float values[2 * kM][2];
     load_tf32_values<SlabB>(values, slab_b, 0, lane);
@@ -143,7 +146,8 @@ struct HalfFragments {
  private:
   // Four matrices; (t, column) is the corner of this lane's.
   template <class Slab>
-  static __device__ __forceinline__ void load(uint32_t (&r)[4], const Element* slab, int t, int column, int line) {
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const Element* slab, int t, int column,
+                                              int line) {
     const int at = Slab::kAlongT ? Slab::at(t, column + line) : Slab::at(t + line, column);
     ldmatrix_x4<!Slab::kAlongT>(r, slab + at);
   }

@@ -1,9 +1,10 @@
 // How a slab reaches shared memory.
 //
 // Interface: Shared, tables of the block; kTables, whether it has any; start(), called once by all threads;
-// prepare(stage, begin), which writes the tables of a slab; load(slab, stage, begin), which issues its copies:
-// zeros where a row or column is past the edge. Each needs a barrier after the one before it; none waits or
-// synchronises. Loaders keep nothing in registers: what they need is a few instructions from threadIdx.
+// prepare(stage, begin), which writes the tables of a slab; load(slab, stage, begin), which issues its
+// copies: zeros where a row or column is past the edge. Each needs a barrier after the one before it; none
+// waits or synchronises. Loaders keep nothing in registers: what they need is a few instructions from
+// threadIdx.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -14,7 +15,8 @@ namespace backpack_cuda::cuda {
 // Copies single elements, kCount at a time. There is no asynchronous copy of 2 bytes; with several loads
 // under way their latencies overlap.
 template <class Element, int kCount>
-__device__ __forceinline__ void copy_elements(Element* const (&to)[kCount], const Element* const (&from)[kCount],
+__device__ __forceinline__ void copy_elements(Element* const (&to)[kCount],
+                                              const Element* const (&from)[kCount],
                                               const bool (&valid)[kCount]) {
   if constexpr (sizeof(Element) == 4) {
 #pragma unroll
@@ -40,7 +42,8 @@ class RowLoader {
 
   // data: the group's; column0: the tile's first column.
   __device__ __forceinline__ RowLoader(const ContractParams& params, const ContractOperand& x, Shared&,
-                                       const ContractBlock& block, const void* const& data, const int& column0)
+                                       const ContractBlock& block, const void* const& data,
+                                       const int& column0)
       : params_(params), x_(x), block_(block), data_(data), column0_(column0) {}
   __device__ __forceinline__ void start() const {}
   __device__ __forceinline__ void prepare(int, const SlabBegin&) const {}
@@ -77,7 +80,8 @@ class PositionLoader {
   static constexpr bool kTables = false;
 
   __device__ __forceinline__ PositionLoader(const ContractParams& params, const ContractOperand& x, Shared&,
-                                            const ContractBlock& block, const void* const& data, const int& column0)
+                                            const ContractBlock& block, const void* const& data,
+                                            const int& column0)
       : params_(params), x_(x), block_(block), data_(data), column0_(column0) {}
   __device__ __forceinline__ void start() const {}
   __device__ __forceinline__ void prepare(int, const SlabBegin&) const {}
@@ -160,8 +164,8 @@ struct ElementMap {
   }
 };
 
-// Patches, at any strides. kWide: 16-byte copies of adjacent channels at one place of the kernel, with columns
-// in the order (place, channel); otherwise single elements, in the weight's order (channel, place).
+// Patches, at any strides. kWide: 16-byte copies of adjacent channels at one place of the kernel, with
+// columns in the order (place, channel); otherwise single elements, in the weight's order (channel, place).
 template <class Slab, int kThreads, bool kWide>
 class PatchLoader {
  public:
@@ -181,15 +185,17 @@ class PatchLoader {
     Column columns[Slab::kColumns / kVector];
   };
 
-  __device__ __forceinline__ PatchLoader(const ContractParams& params, const ContractOperand& x, Shared& shared,
-                                         const ContractBlock& block, const void* const& data, const int& column0)
+  __device__ __forceinline__ PatchLoader(const ContractParams& params, const ContractOperand& x,
+                                         Shared& shared, const ContractBlock& block, const void* const& data,
+                                         const int& column0)
       : params_(params), x_(x), shared_(shared), block_(block), data_(data), column0_(column0) {}
   __device__ __forceinline__ void start() const {
     const ContractOperand& x = x_;
     for (int j = threadIdx.x; j < Slab::kColumns / kVector; j += kThreads) {
       const int i = column0_ + j * kVector, volume = x.kernel[0] * x.kernel[1] * x.kernel[2];
       const int place = kWide ? i / x.channels : i % volume, c = kWide ? i % x.channels : i / volume;
-      const int k[3] = {place / (x.kernel[2] * x.kernel[1]), place / x.kernel[2] % x.kernel[1], place % x.kernel[2]};
+      const int k[3] = {place / (x.kernel[2] * x.kernel[1]), place / x.kernel[2] % x.kernel[1],
+                        place % x.kernel[2]};
       Column column{c * x.stride_c, {}};
 #pragma unroll
       for (int d = 0; d < 3; ++d) {
@@ -218,7 +224,8 @@ class PatchLoader {
   __device__ __forceinline__ void load(Element* slab, int stage, const SlabBegin&) const {
     if constexpr (kWide) {
       constexpr int kChunks = Slab::kColumns / kVector;
-      static_assert(!Slab::kAlongT && kThreads == kChunks * Slab::kDepth, "one copy per thread and half slab");
+      static_assert(!Slab::kAlongT && kThreads == kChunks * Slab::kDepth,
+                    "one copy per thread and half slab");
       const int thread = compute_late(threadIdx.x), chunk = thread % kChunks, first_row = thread / kChunks;
       const Element* const data = static_cast<const Element*>(data_);
       const Column column = shared_.columns[chunk];

@@ -52,7 +52,8 @@ template <class Slab>
 struct SlabRow {
   int n, t;
   bool valid;
-  __device__ __forceinline__ SlabRow(const SlabBegin& begin, int row, const ContractBlock& block, bool packed) {
+  __device__ __forceinline__ SlabRow(const SlabBegin& begin, int row, const ContractBlock& block,
+                                     bool packed) {
     const bool second = packed && row >= Slab::kDepth;
     n = begin.n + second;
     t = begin.t0 + row - (second ? Slab::kDepth : 0);

@@ -21,9 +21,7 @@ struct DepthwiseParams {
 
 // Blocks per multiprocessor, which bound the registers: tall boxes need more.
 template <int kRows>
-constexpr int kDepthwiseBlocks = kRows > 3    ? 2
-                                 : kRows == 3 ? 3
-                                              : 4;
+constexpr int kDepthwiseBlocks = kRows > 3 ? 2 : 3;
 
 // A thread's part of the positions: columns w, w + slots_w, ... and in them the rows [h_begin, h_end).
 struct DepthwiseSlot {
@@ -41,14 +39,14 @@ __device__ __forceinline__ float load_or_zero(const T* from, int offset, bool in
   return inside ? static_cast<float>(from[offset]) : 0.f;
 }
 
-// Adds this thread's share of G_n[k] over the box's positions k. a and b point to the unit's channels.
+// Adds this thread's share of G_n[k] over the box's positions k. a and b point to the unit's channels. Within
+// a window 32 bits are enough for offsets: the plan saw to it.
 template <class T, int kRows, int kColumns, int kShift>
 __device__ __forceinline__ void add_positions(const OuterProblem& problem, int slots_w,
                                               const DepthwiseSlot& slot, const DepthwiseChunk& chunk,
                                               const T* __restrict__ a, const T* __restrict__ b,
                                               float (&sums)[kRows][kColumns]) {
   constexpr int kKept = kRows - kShift;  // rows of the window that the next position needs too
-  // Within a window 32 bits are enough: the plan saw to it.
   const unsigned a_down = static_cast<unsigned>(problem.a.stride[1] * problem.dilation[1]);
   const unsigned a_right = static_cast<unsigned>(problem.a.stride[2] * problem.dilation[2]);
   const int64_t a_next = problem.a.stride[1] * problem.step[1], b_next = problem.b.stride[1];
@@ -96,6 +94,45 @@ __device__ __forceinline__ void add_positions(const OuterProblem& problem, int s
           for (int j = 0; j < kColumns; ++j) sums[i][j] = fmaf(y, window[i][j], sums[i][j]);
         }
         a_h += problem.step[1];
+        a_at += a_next;
+        b_at += b_next;
+      }
+    }
+  }
+}
+
+// The same for boxes of one row: the inner loop runs along w, because most such problems have just one row.
+template <class T, int kColumns>
+__device__ __forceinline__ void add_rows(const OuterProblem& problem, int slots_w, const DepthwiseSlot& slot,
+                                         const DepthwiseChunk& chunk, const T* __restrict__ a,
+                                         const T* __restrict__ b, float (&sums)[1][kColumns]) {
+  const unsigned a_width = problem.size[2], dilation_w = problem.dilation[2];
+  const unsigned a_right = static_cast<unsigned>(problem.a.stride[2] * problem.dilation[2]);
+  const int64_t a_next = problem.a.stride[2] * problem.step[2] * slots_w,
+                b_next = problem.b.stride[2] * slots_w;
+  const int count = (problem.positions[2] - slot.w + slots_w - 1) / slots_w;
+  for (int d = 0; d < problem.positions[0]; ++d) {
+    const int a_d = d * problem.step[0] + chunk.d * problem.dilation[0] - problem.padding[0];
+    for (int h = slot.h_begin; h < slot.h_end; ++h) {
+      const int a_h = h * problem.step[1] + chunk.h * problem.dilation[1] - problem.padding[1];
+      const bool row_inside = static_cast<unsigned>(a_d) < static_cast<unsigned>(problem.size[0]) &&
+                              static_cast<unsigned>(a_h) < static_cast<unsigned>(problem.size[1]);
+      int a_w = slot.w * problem.step[2] + chunk.w * problem.dilation[2] - problem.padding[2];
+      const T* a_at = a + (a_d * problem.a.stride[0] + a_h * problem.a.stride[1] + a_w * problem.a.stride[2]);
+      const T* b_at = b + (d * problem.b.stride[0] + h * problem.b.stride[1] + slot.w * problem.b.stride[2]);
+#pragma unroll 2
+      for (int c = 0; c < count; ++c) {
+        float window[kColumns];
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const bool inside =
+              row_inside && j < chunk.columns && static_cast<unsigned>(a_w) + j * dilation_w < a_width;
+          window[j] = load_or_zero(a_at, static_cast<int>(j * a_right), inside);
+        }
+        const float y = static_cast<float>(*b_at);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) sums[0][j] = fmaf(y, window[j], sums[0][j]);
+        a_w += slots_w * problem.step[2];
         a_at += a_next;
         b_at += b_next;
       }
@@ -191,8 +228,13 @@ __global__ void __launch_bounds__(kMaxDepthwiseThreads, kDepthwiseBlocks<kRows>)
   const int64_t begin = problem.N * split / plan.splits, end = problem.N * (split + 1) / plan.splits;
   for (int64_t n = begin; n < end; ++n) {
     float sums[kRows][kColumns] = {};
-    add_positions<T, kRows, kColumns, kShift>(problem, plan.slots_w, slot, chunk, a + n * problem.a.stride_n,
-                                              b + n * problem.b.stride_n, sums);
+    const T* const its_a = a + n * problem.a.stride_n;
+    const T* const its_b = b + n * problem.b.stride_n;
+    if constexpr (kRows == 1) {
+      add_rows<T>(problem, plan.slots_w, slot, chunk, its_a, its_b, sums);
+    } else {
+      add_positions<T, kRows, kColumns, kShift>(problem, plan.slots_w, slot, chunk, its_a, its_b, sums);
+    }
     for (int bit = first_bit; bit < last_bit; bit *= 2) {
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {

@@ -3,25 +3,33 @@
 // O and channels are small.
 //
 // A unit is a pair (row r of groups * O, channel c of its group) and a chunk of the kernel's positions, whose
-// sums over the positions p are the accumulators of a thread. Several threads, the slots, share the positions
-// of a unit; every thread walks down the rows of its columns:
+// sums over the positions (h, w) are the accumulators of a thread. Several threads, the slots, share the
+// positions of a unit; each walks down the rows of its columns. With it walks the window of a that its chunk
+// needs; where step = dilation, the window moves by one of its rows and stays in registers, so that a
+// position costs one new row of a and one element of b.
 //
-//          w ->                    The window of a that the chunk needs at (h, w) moves down with h. Where
-//      h   |  |  |  |  slots       step = dilation it moves by one kernel row, and stays in registers: a row
-//      of |   v  v  v  v  walk        new elements of a and one of b per position.
+//     slot  0 1 2 3 0 1 2 3        Slots lie side by side along w, in as many bands of rows as it takes.
+//     Lanes
+//           | | | | | | | |        of a warp that are neighbours are slots where w is the fastest dim in
+//           memory v v v v v v v v        (NCHW), units where channels are (channels-last).
 //
-// Sums over the slots go through shuffles, and shared memory where the slots span warps; then one thread owns
-// an element of the gradient, keeps its statistics in registers over the samples of its split, and writes
-// them once. Adjacent lanes are slots where w is the fastest dim in memory (NCHW), units where channels are
-// (channels-last).
+// Sums over the slots go through shuffles, and shared memory where the slots span warps. Then one thread owns
+// an element of the gradient, and keeps its statistics in shared memory over the samples of its split.
 //
-// Cost model: a and b are read once from memory, N groups (channels T step^2 + O T) elements, overlaps of
-// windows come from L1. Per position and unit 2 kernel_volume flop, and about
-//   4 + 2 taps + 5 (new elements of a + 1) instructions per chunk: 45 for 3x3, 2 x 60 for 5x5, 4 x 45 for
-//   7x7, 80 for 3x3 with step 2.
-// An H100 issues 29 T thread instructions/s and reads 3 TB/s: 76 instructions in the time of two float32
-// elements, 38 in the time of two of 16 bits. So 3x3 is bound by memory in float32 and near it in 16 bits;
-// 5x5 reaches 60 and 30 %, 7x7 40 and 20 % of the memory's rate. Not measured.
+// Cost model, with the figures of an H100 (3 TB/s, 29 T thread instructions/s: 76 instructions in the time of
+// two float32 elements from memory, 38 in that of two 16-bit ones). Nothing here was measured.
+//  * Bytes: a and b once, N groups (channels |a plane| + O T) elements; overlaps of windows come from L1.
+//  * Flop: 2 N R channels kernel_volume T; far below any limit.
+//  * Instructions per position, chunk and unit, counted in the machine code: 44 for 3x3 (131 for three
+//    positions in the inner loop), about 60 for each of the two chunks of 5x5, 45 for each of the four of
+//    7x7, 80 for 3x3 with step 2, which has five elements to read per position, not two.
+//  * So 3x3 is bound by memory in float32 and reaches 80 to 90 % of its rate in 16 bits; 5x5 60 and 30 %, 7x7
+//  40
+//    and 20 %.
+//  * Loads in flight: 768 threads per multiprocessor with three rows each, two new elements per row: 18 KB in
+//    float32, about what latency needs; half of that in 16 bits.
+//  * Planes of 7x7 in NCHW: a load of a warp touches four lines of L1, which then allows about 2.6 TB/s.
+//  * Launches: one; one more for batch_l2, and one for sums over splits.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -8,7 +8,7 @@
 namespace backpack_cuda::cuda {
 namespace {
 
-constexpr int kFewestSlots = 4;  // so that the statistics of a block's elements fit its shared memory
+constexpr int kFewestSlots = 4;  // so that a block's elements take at most 46 KB of shared memory
 constexpr int kWarp = 32;
 constexpr int64_t kMaxPartialBytes = int64_t{32} << 20;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
@@ -75,10 +75,14 @@ DepthwisePlan plan_depthwise(const OuterProblem& problem, const StatsOutputs& ou
   plan.lanes_along_units = along_units < along_slots && units > 1;
 
   // As few slots as leave each about eight positions or more, because the sums over the slots cost as much as
-  // several positions; more where that leaves the chip idle.
+  // several positions; more where that leaves the chip idle. Slots side by side should cover a short row, or
+  // a load of the warp touches more lines of the cache.
   const int most_slots = plan.lanes_along_units ? 8 : 32;
   plan.slots = kFewestSlots;
-  while (plan.slots < most_slots && T >= 16 * plan.slots) plan.slots *= 2;
+  while (plan.slots < most_slots &&
+         (T >= 16 * plan.slots || (!plan.lanes_along_units && problem.positions[2] > plan.slots))) {
+    plan.slots *= 2;
+  }
   const int64_t wanted_threads = int64_t{sm_count} * 1024;
   while (plan.slots < 256 && T >= 16 * plan.slots &&
          problem.N * units * plan.chunk_count * plan.slots < wanted_threads) {

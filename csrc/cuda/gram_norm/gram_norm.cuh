@@ -142,7 +142,7 @@ struct GramTile {
       for (int r = 0; r < 4; ++r) {
         const Tf32Split parts(__uint_as_float(hi[r]));
         hi[r] = parts.hi;
-        lo[r] = round_to_tf32(__uint_as_float(parts.lo));
+        lo[r] = parts.lo;
       }
     }
   }

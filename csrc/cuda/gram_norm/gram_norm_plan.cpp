@@ -15,6 +15,9 @@ int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
 // Blocks per multiprocessor, as the kernels' registers and shared memory allow (gram_norm.cuh).
 int blocks_per_multiprocessor(int tile) { return tile == 128 ? 1 : tile == 64 ? 3 : 6; }
 
+// Of one split's part of both Gram matrices.
+int64_t part_bytes(int tile) { return int64_t{2} * tile * tile * 4; }
+
 int copy_bytes(const GramOperand& x, const GramNormParams& p, int columns) {
   const int size = element_size(p.element);
   if (x.stride_c != 1 && columns > 1) return 0;
@@ -42,30 +45,50 @@ void cut_rows(const GramNormParams& p, GramNormPlan& plan) {
   plan.pairs = static_cast<int>(pairs);
 }
 
-// Units alone may leave multiprocessors idle; four slabs per block are the least that hides the filling of
-// the ring of slabs.
-int choose_splits(const GramNormParams& p, const GramNormPlan& plan, int sm_count) {
-  const int64_t places = int64_t{sm_count} * blocks_per_multiprocessor(plan.tile);
-  return static_cast<int>(std::clamp<int64_t>(slabs(p) / 4, 1, std::max<int64_t>(1, places / plan.units)));
-}
-
-// Clocks of one multiprocessor for the whole problem, on a model of an H100 (assumptions, not measurements):
-// mma.sync does 1300 TF32 or 2600 16-bit flops per clock, and 24 bytes per clock come from the L2 cache.
+// Clocks of the chip for the whole problem, on a model of an H100 (assumptions, not measurements): per
+// multiprocessor and clock, mma.sync does 1300 TF32 or 2600 16-bit flops, 24 bytes come from the L2 cache and
+// 13 from memory; a load takes 1000 clocks, and four slabs of a block are on their way.
 double clocks(const GramNormParams& p, const GramNormPlan& plan, int sm_count) {
   const double terms = p.element == Element::kFloat32 && !p.tf32 ? 3 : 1, tile = plan.tile;
   const double products = terms * 2 * tile * tile * (kSlabBytes / 4) / 1300;  // per slab, either element size
-  const double loads = (plan.pairs == 1 ? 1 : 2) * tile * kSlabBytes / 24;
-  const int per_multiprocessor = blocks_per_multiprocessor(plan.tile);
-  const double rounds =
-      static_cast<double>(ceil_div(plan.units * plan.splits, int64_t{sm_count} * per_multiprocessor));
-  const double per_block =
-      static_cast<double>(ceil_div(slabs(p), plan.splits)) * std::max(products, loads) * per_multiprocessor;
-  return rounds * (per_block + 1500) + (plan.splits > 1 ? 5000 : 0);
+  // Pairs of one sample share their rows; where there is but one pair, every row is read once, from memory.
+  const double loads = plan.pairs == 1 ? tile * kSlabBytes / 13 : 2 * tile * kSlabBytes / 24;
+  const int64_t blocks = plan.units * plan.splits;
+  const int64_t at_a_time =
+      std::min<int64_t>(blocks_per_multiprocessor(plan.tile), ceil_div(blocks, sm_count));
+  const double rounds = static_cast<double>(ceil_div(blocks, at_a_time * sm_count));
+  const double slab = std::max(static_cast<double>(at_a_time) * std::max(products, loads), 250.);
+  const double merge =
+      plan.splits == 1 ? 0
+                       : 5000 + 2 * static_cast<double>(blocks * part_bytes(plan.tile)) / (24. * sm_count);
+  return rounds * (static_cast<double>(ceil_div(slabs(p), plan.splits)) * slab + 1500) + merge;
+}
+
+// Units alone may leave multiprocessors idle. Never more blocks than fit at a time, which bounds the
+// workspace, and never fewer than four slabs per block.
+void choose_splits(const GramNormParams& p, GramNormPlan& plan, int sm_count) {
+  const int64_t places = int64_t{sm_count} * blocks_per_multiprocessor(plan.tile);
+  const int64_t most = std::min(places / plan.units, slabs(p) / 4);
+  plan.splits = 1;
+  double least = clocks(p, plan, sm_count);
+  const auto consider = [&](int64_t splits) {
+    if (splits > most || splits <= 1) return;
+    GramNormPlan trial = plan;
+    trial.splits = static_cast<int>(splits);
+    const double cost = clocks(p, trial, sm_count);
+    if (cost < least) plan = trial, least = cost;
+  };
+  // A plan is made at every call: few candidates, those that fill the multiprocessors evenly among them.
+  for (int64_t splits = 2; splits <= most; splits *= 2) consider(splits);
+  for (int blocks = 1; blocks <= blocks_per_multiprocessor(plan.tile); ++blocks) {
+    consider(std::min(most, int64_t{sm_count} * blocks / plan.units));
+  }
 }
 
 }  // namespace
 
 GramNormPlan plan_gram_norm(const GramNormParams& p, int sm_count, const Options& options) {
+  if (std::max(p.I, p.O) > INT32_MAX - kSlabBytes) throw std::invalid_argument("gram_norm: too many columns");
   if (options.sm_count > 0) sm_count = static_cast<int>(options.sm_count);
   GramNormPlan best{};
   double least = 0;
@@ -79,7 +102,7 @@ GramNormPlan plan_gram_norm(const GramNormParams& p, int sm_count, const Options
     GramNormPlan plan{};
     plan.tile = tile;
     cut_rows(p, plan);
-    plan.splits = choose_splits(p, plan, sm_count);
+    choose_splits(p, plan, sm_count);
     const double cost = clocks(p, plan, sm_count);
     if (best.tile == 0 || cost < least) best = plan, least = cost;
   }
@@ -89,8 +112,8 @@ GramNormPlan plan_gram_norm(const GramNormParams& p, int sm_count, const Options
 
   best.norms_at = 0;
   best.parts_at = align(best.pairs > 1 ? p.N * best.pairs * 4 : 0);
-  const int64_t part_bytes = int64_t{2} * best.tile * best.tile * 4;
-  best.workspace_bytes = best.parts_at + (best.splits > 1 ? best.units * best.splits * part_bytes : 0);
+  best.workspace_bytes =
+      best.parts_at + (best.splits > 1 ? best.units * best.splits * part_bytes(best.tile) : 0);
 
   const double columns = static_cast<double>(slabs(p)) * (kSlabBytes / element_size(p.element));
   const double units = static_cast<double>(best.units), tile = best.tile;

@@ -14,7 +14,7 @@ dim3 blocks_for(int64_t items, int64_t per_block) {
 template <class T>
 void launch_merge(const SplitSums& sums, const StatsOutputs& out, cudaStream_t stream) {
   auto* const kernel = &merge_splits_kernel<T>;
-  KERNEL_LAUNCH(blocks_for(sums.count, kMergeThreads), dim3(kMergeThreads), 0, stream, kernel, sums,
+  KERNEL_LAUNCH(blocks_for(sums.count, 32), dim3(kMergeThreads), 0, stream, kernel, sums,
                 static_cast<T*>(out.grad), out.sum_grad_squared, out.sum_grad_centered_squared);
   check(cudaGetLastError(), "merge_splits");
 }

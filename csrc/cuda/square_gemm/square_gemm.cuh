@@ -1,6 +1,6 @@
 // The square_gemm kernel. A block owns a tile of the result and a range of the samples. Slabs of samples
-// [rows, tile] of both operands stream through a ring in shared memory; each warp loads fragments from a slab
-// once and feeds two accumulator tiles with them, b^T a and (b * b)^T (a * a).
+// [rows, tile] of both operands stream through a ring in shared memory, and feed two accumulator tiles, b^T a
+// and (b * b)^T (a * a).
 //
 // The contracted index runs down the columns of both slabs, which mma.sync wants along rows. Since the order
 // of the contracted index, of the rows and of the columns does not matter as long as it is one order, every
@@ -12,7 +12,8 @@
 // would show: every step of 16 samples (8 with three terms) starts at zero, and is added outside of the
 // tensor cores, rounding to nearest.
 //
-// Own fragments instead of those of `contract`: two products from one load are the point here.
+// Own fragments instead of those of `contract`, which form one product: here 16-bit elements give native and
+// TF32 fragments from one load, and squares are taken between load and rounding.
 #pragma once
 
 #include <type_traits>
@@ -451,26 +452,40 @@ __global__ void __launch_bounds__(kSquareMergeThreads)
     b[k] = static_cast<const Element*>(job.x[1].data) + (o + k < job.O ? o + k : 0) * job.x[1].stride_c;
   }
   const float inverse_N = 1.f / static_cast<float>(job.N);
+  // Sums over blocks of samples, then of the blocks: of one long sum of small terms, too much is lost.
+  constexpr int kBlock = 32;
   float mean[kRows] = {}, sum[kRows] = {}, square[kRows] = {};
+  for (int64_t first = 0; first < job.N; first += kBlock) {
+    const int64_t end = first + kBlock < job.N ? first + kBlock : job.N;
+    float part[kRows] = {};
 #pragma unroll 2
-  for (int64_t n = 0; n < job.N; ++n) {
-    const float x = static_cast<float>(__ldg(a + n * job.x[0].stride_n));
+    for (int64_t n = first; n < end; ++n) {
+      const float x = static_cast<float>(__ldg(a + n * job.x[0].stride_n));
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      mean[k] = fmaf(static_cast<float>(__ldg(b[k] + n * job.x[1].stride_n)), x, mean[k]);
+      for (int k = 0; k < kRows; ++k) {
+        part[k] = fmaf(static_cast<float>(__ldg(b[k] + n * job.x[1].stride_n)), x, part[k]);
+      }
     }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) mean[k] += part[k];
   }
 #pragma unroll
   for (int k = 0; k < kRows; ++k) mean[k] *= inverse_N;
+  for (int64_t first = 0; first < job.N; first += kBlock) {
+    const int64_t end = first + kBlock < job.N ? first + kBlock : job.N;
+    float part[kRows] = {}, square_part[kRows] = {};
 #pragma unroll 2
-  for (int64_t n = 0; n < job.N; ++n) {
-    const float x = static_cast<float>(__ldg(a + n * job.x[0].stride_n));
+    for (int64_t n = first; n < end; ++n) {
+      const float x = static_cast<float>(__ldg(a + n * job.x[0].stride_n));
 #pragma unroll
-    for (int k = 0; k < kRows; ++k) {
-      const float deviation = fmaf(static_cast<float>(__ldg(b[k] + n * job.x[1].stride_n)), x, -mean[k]);
-      sum[k] += deviation;
-      square[k] = fmaf(deviation, deviation, square[k]);
+      for (int k = 0; k < kRows; ++k) {
+        const float deviation = fmaf(static_cast<float>(__ldg(b[k] + n * job.x[1].stride_n)), x, -mean[k]);
+        part[k] += deviation;
+        square_part[k] = fmaf(deviation, deviation, square_part[k]);
+      }
     }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) sum[k] += part[k], square[k] += square_part[k];
   }
 #pragma unroll
   for (int k = 0; k < kRows; ++k) {

@@ -22,7 +22,8 @@ int copy_bytes(const SquareOperand& x, const SquareGemmParams& p, int columns) {
 bool aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
 // Clocks of the chip on a model of an H100 (assumptions, not measurements): per multiprocessor and clock,
-// mma.sync does 1300 TF32 or 2600 16-bit flops, and 24 bytes come from the L2 cache.
+// mma.sync does 1300 TF32 or 2600 16-bit flops, 24 bytes come from the L2 cache and 12 go there; a load takes
+// 1000 clocks, and three slabs of a block are on their way.
 struct Model {
   const SquareGemmParams& p;
   int sm_count;
@@ -39,12 +40,15 @@ struct Model {
     const double sum_share = !sums ? 0 : p.element == Element::kFloat32 ? 1 : 0.5;
     const double products = 2 * area * slab_rows() * terms * (1 + sum_share) / 1300;
     const double loads = 2.0 * tile * slab_rows() * element_size(p.element) / 24;
-    const double rounds = double(ceil_div(tiles(tile) * splits, places(tile)));
-    const double block = double(ceil_div(slabs(), splits)) * std::max(products, loads) + 4 * area * 4 / 24;
-    // Partial sums are written and read again, at half of the L2 cache's rate.
+    const int64_t blocks = tiles(tile) * splits;
+    const int64_t at_a_time = std::min<int64_t>(blocks_per_multiprocessor(tile), ceil_div(blocks, sm_count));
+    const double rounds = double(ceil_div(blocks, at_a_time * sm_count));
+    const double slab = std::max(double(at_a_time) * std::max(products, loads), 330.);
+    const double results = double(at_a_time) * 4 * area * (1 + sums) / 12;
+    // Partial sums are written and read again.
     const double merge =
-        splits == 1 ? 0 : 5000 + 2.0 * double(splits) * p.O * p.I * 4 * (1 + sums) / (12.0 * sm_count);
-    return rounds * (block * blocks_per_multiprocessor(tile) + 1500) + merge;
+        splits == 1 ? 0 : 5000 + double(splits) * p.O * p.I * 4 * (1 + sums) / (12.0 * sm_count);
+    return rounds * (double(ceil_div(slabs(), splits)) * slab + results + 1500) + merge;
   }
 };
 
@@ -53,6 +57,7 @@ struct Model {
 SquareGemmPlan plan_square_gemm(const SquareGemmParams& p, const StatsOutputs& outputs, int sm_count,
                                 const Options& options) {
   if (!outputs.squares()) throw std::invalid_argument("square_gemm: no sum of squares is wanted");
+  if (std::max(p.I, p.O) > INT32_MAX - 128) throw std::invalid_argument("square_gemm: too many columns");
   if (options.sm_count > 0) sm_count = static_cast<int>(options.sm_count);
   SquareGemmPlan plan{};
   plan.sums = outputs.grad || outputs.sum_grad_centered_squared;
@@ -73,13 +78,18 @@ SquareGemmPlan plan_square_gemm(const SquareGemmParams& p, const StatsOutputs& o
     // At most two rounds of blocks, which bounds the workspace, and two slabs per block.
     const int64_t most =
         std::min(std::max<int64_t>(1, 2 * model.places(tile) / model.tiles(tile)), ceil_div(plan.slabs, 2));
-    for (int64_t splits = 1; splits <= most; ++splits) {
+    const auto consider = [&](int64_t splits) {
+      if (splits > most || splits < 1) return;
       const double cost = model.clocks(tile, splits);
-      if (plan.tile == 0 || cost < least) {
-        least = cost;
-        plan.tile = tile;
-        plan.splits = static_cast<int>(splits);
-      }
+      if (plan.tile != 0 && cost >= least) return;
+      least = cost;
+      plan.tile = tile;
+      plan.splits = static_cast<int>(splits);
+    };
+    // A plan is made at every call: few candidates, those that fill the multiprocessors evenly among them.
+    for (int64_t splits = 1; splits <= most; splits *= 2) consider(splits);
+    for (int blocks = 1; blocks <= 2 * model.blocks_per_multiprocessor(tile); ++blocks) {
+      consider(std::min(most, int64_t{sm_count} * blocks / model.tiles(tile)));
     }
   }
   if (options.splits > 0) plan.splits = static_cast<int>(std::clamp<int64_t>(options.splits, 1, plan.slabs));

@@ -5,11 +5,11 @@
 
 namespace backpack_cuda::cuda {
 
-#define LEFT_OUT(name)                                                                                \
-  __attribute__((weak)) void name(const ContractParams&, ContractTile, bool, cudaStream_t) {          \
-    throw std::runtime_error(#name " is not part of this library");                                   \
+#define LEFT_OUT(name)                                                                       \
+  __attribute__((weak)) void name(const ContractParams&, ContractTile, bool, cudaStream_t) { \
+    throw std::runtime_error(#name " is not part of this library");                          \
   }
-#define ALL_LEFT_OUT(precision)                 \
+#define ALL_LEFT_OUT(precision)                  \
   LEFT_OUT(contract_##precision##_rows)          \
   LEFT_OUT(contract_##precision##_channels_last) \
   LEFT_OUT(contract_##precision##_positions)     \
