@@ -211,7 +211,7 @@ FAULTS = {
     "no barrier after the block's description": (
         "tf32",
         "rows",
-        wrong((KERNEL, "__syncthreads();  // block", ""), report=""),
+        Fault(PLAIN, REPORTED, "", [(KERNEL, "__syncthreads();  // block", "")]),
     ),
     "no barrier after the tables": ("tf32", "elements", race((KERNEL, "__syncthreads();  // tables", ""))),
     "the table of a slab in use": (
@@ -283,7 +283,7 @@ FAULTS = {
     "halves and rows of a fragment swapped": (
         "tf32",
         "rows",
-        wrong((FRAGMENTS, "b_hi[v / 2][v % 2 + 2 * half]", "b_hi[v / 2][v % 2 * 2 + half]")),
+        wrong((FRAGMENTS, "b_hi[v / 2][v % 2 + 2 * half] = to_tf32", "b_hi[v / 2][v % 2 * 2 + half] = to_tf32")),
     ),
     "the columns of a lane in the wrong order": (
         "tf32",
@@ -316,14 +316,36 @@ FAULTS = {
         wrong((FRAGMENTS, "ldmatrix_x4<!Slab::kAlongT>", "ldmatrix_x4<Slab::kAlongT>")),
     ),
     # loaders
-    "whole vectors past the last column": (
+    "vectors past the last column": (
         "tf32",
         "rows",
         wrong(
             (
                 TABLES,
-                "max(0, min(16, (x_.columns - column) * static_cast<int>(sizeof(Element))))",
-                "column < x_.columns ? 16 : 0",
+                "column < x_.columns ? reinterpret_cast<int64_t>(data + column) : 0",
+                "reinterpret_cast<int64_t>(data + column)",
+            )
+        ),
+    ),
+    "rows past the end hold the first one": (
+        "tf32",
+        "rows",
+        wrong(
+            (
+                TABLES,
+                "const bool valid = column && valid_rows >> half * Slab::kDepth & 1;",
+                "const bool valid = column;",
+            )
+        ),
+    ),
+    "one warp prepares the rows of both operands": (
+        "tf32",
+        "rows",
+        race(
+            (
+                KERNEL,
+                "loader_b.prepare(stage, begin, threadIdx.x - 32);",
+                "loader_b.prepare(stage, begin, threadIdx.x % 32);",
             )
         ),
     ),

@@ -70,7 +70,7 @@ OFFSETS_BARRIER = "__syncthreads();  // all offsets are there"
 ROW_SUMS_BARRIER = "__syncthreads();  // all row sums are there"
 SAME_SAMPLE = "const bool same_sample = (row ^ column) < job.slot;"
 EXISTS = "n < job.N && t < job.T ?"
-VALID_BYTES = "left < kElements ? left * int(sizeof(Element)) : kBytes"
+VALID_PIECE = "const bool valid = offset >= 0 && first < x.columns;"
 IN_KERNEL = r"data race[\s\S]*gram_norm\.cuh"
 
 
@@ -124,7 +124,7 @@ FAULTS = {
         "bfloat16",
         wrong((KERNEL, "lane % job.slot == 0 && n < job.N", "lane % job.slot == 0")),
     ),
-    "columns past the end": ("tf32x3", wrong((KERNEL, VALID_BYTES, "kBytes"))),
+    "columns past the end": ("tf32x3", wrong((KERNEL, VALID_PIECE, "const bool valid = offset >= 0;"))),
     "single columns past the end": (
         "bfloat16",
         wrong((KERNEL, "offset >= 0 && column + c < x.columns", "offset >= 0")),
@@ -155,7 +155,7 @@ FAULTS = {
     "a product of three left out": ("tf32x3", wrong((PTX, "mma_tf32(step, a_lo, b_hi);", ""))),
     "operands truncated": (
         "tf32",
-        wrong((PTX, 'asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));', "y = __float_as_uint(x);")),
+        wrong((PTX, "fmaf(x, 0x1.6p-12f, x)", "x")),
     ),
     "long sums inside of the tensor cores": (
         "bfloat16",

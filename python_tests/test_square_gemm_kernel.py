@@ -102,7 +102,7 @@ FAULTS = {
     ),
     "samples past N": (
         "tf32",
-        wrong((KERNEL, "const bool valid = n + row < N && left > 0;", "const bool valid = left > 0;")),
+        wrong((KERNEL, "const bool valid = n + row < N && inside;", "const bool valid = inside;")),
     ),
     "single samples past N": (
         "bfloat16",
@@ -120,7 +120,7 @@ FAULTS = {
             ADDRESS,
             REPORTED,
             "an instruction reads out of bounds",
-            [(KERNEL, "from, valid ? valid_bytes : 0", "from, valid ? kBytes : 0")],
+            [(KERNEL, "const bool inside = first < x.columns;", "const bool inside = true;")],
         ),
     ),
     "rows of results past O": ("tf32", overflow((KERNEL, "if (output >= job.O) continue;", ""))),
@@ -137,13 +137,13 @@ FAULTS = {
             (
                 KERNEL,
                 "return kSquare ? y * y : y;",
-                "const float z = __uint_as_float(round_to_tf32(y)); return kSquare ? z * z : y;",
+                "const float z = __uint_as_float(to_tf32(y)); return kSquare ? z * z : y;",
             )
         ),
     ),
     "squares not rounded": (
         "tf32",
-        wrong((PTX, 'asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));', "y = __float_as_uint(x);")),
+        wrong((PTX, "fmaf(x, 0x1.6p-12f, x)", "x")),
     ),
     "a product of three left out": ("tf32x3", wrong((PTX, "mma_tf32(step, a_hi, b_lo);", ""))),
     "the gradient from squares": (

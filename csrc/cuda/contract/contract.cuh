@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   SlabBegin next{block.n_begin, block.t_begin};
   const auto prepare = [&](int stage, const SlabBegin& begin) {
     if (kTables && begin.n < block.n_end) {
-      loader_a.prepare(stage, begin);
-      loader_b.prepare(stage, begin);
+      loader_a.prepare(stage, begin, threadIdx.x);
+      loader_b.prepare(stage, begin, threadIdx.x - 32);  // another warp
     }
   };
   const auto load = [&](int stage) {

@@ -43,12 +43,11 @@ int64_t a_stride_of_positions(const OuterProblem& p) {
   return stride_of_positions(p, strides);
 }
 
-// Rows of adjacent channels that can be copied 16 bytes at a time. Strides that are never walked do not
-// matter.
+// Rows of adjacent channels in whole copies of 16 bytes. Strides that are never walked do not matter.
 bool has_wide_rows(const OuterProblem& p, const Operand& x, int channels) {
   const int64_t elements = 16 / element_size(p.element);
-  return (x.stride_c == 1 || (channels == 1 && p.groups == 1)) && divides(16, x.data) &&
-         (p.N == 1 || divides(elements, x.stride_n)) && (p.groups == 1 || divides(elements, channels));
+  return x.stride_c == 1 && divides(elements, channels) && divides(16, x.data) &&
+         (p.N == 1 || divides(elements, x.stride_n));
 }
 
 bool rows_apply(const OuterProblem& p) {

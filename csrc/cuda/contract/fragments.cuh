@@ -66,16 +66,21 @@ struct Tf32Fragments {
 
   static __device__ __forceinline__ void step(Accumulator& acc, const float* slab_b, const float* slab_a,
                                               int lane) {
-    uint32_t b_hi[kM][4], b_lo[kM][4];
+    uint32_t b_hi[kM][4];
+    [[maybe_unused]] uint32_t b_lo[kM][4];
     float values[2 * kM][2];
     load_tf32_values<SlabB>(values, slab_b, 0, lane);
 #pragma unroll
     for (int v = 0; v < 2 * kM; ++v) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const Tf32Split split(values[v][half]);
-        b_hi[v / 2][v % 2 + 2 * half] = split.hi;
-        b_lo[v / 2][v % 2 + 2 * half] = split.lo;
+        if constexpr (kTerms == 1) {
+          b_hi[v / 2][v % 2 + 2 * half] = to_tf32(values[v][half]);
+        } else {
+          const Tf32Split split(values[v][half]);
+          b_hi[v / 2][v % 2 + 2 * half] = split.hi;
+          b_lo[v / 2][v % 2 + 2 * half] = split.lo;
+        }
       }
     }
 #pragma unroll
@@ -84,12 +89,13 @@ struct Tf32Fragments {
       load_tf32_values<SlabA>(columns, slab_a, n0, lane);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const Tf32Split split[2] = {Tf32Split(columns[j][0]), Tf32Split(columns[j][1])};
-        const uint32_t a_hi[2] = {split[0].hi, split[1].hi}, a_lo[2] = {split[0].lo, split[1].lo};
         if constexpr (kTerms == 1) {
+          const uint32_t a_hi[2] = {to_tf32(columns[j][0]), to_tf32(columns[j][1])};
 #pragma unroll
           for (int m = 0; m < kM; ++m) mma_tf32(acc[m][n0 + j], b_hi[m], a_hi);
         } else {  // as mma_tf32x3, but with independent products between dependent ones
+          const Tf32Split split[2] = {Tf32Split(columns[j][0]), Tf32Split(columns[j][1])};
+          const uint32_t a_hi[2] = {split[0].hi, split[1].hi}, a_lo[2] = {split[0].lo, split[1].lo};
           float product[kM][4] = {};
 #pragma unroll
           for (int m = 0; m < kM; ++m) mma_tf32(product[m], b_lo[m], a_hi);

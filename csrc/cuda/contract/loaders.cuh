@@ -1,10 +1,10 @@
 // How a slab reaches shared memory.
 //
 // Interface: Shared, tables of the block; kTables, whether it has any; start(), called once by all threads;
-// prepare(stage, begin), which writes the tables of a slab; load(slab, stage, begin), which issues its
-// copies: zeros where a row or column is past the edge. Each needs a barrier after the one before it; none
-// waits or synchronises. Loaders keep nothing in registers: what they need is a few instructions from
-// threadIdx.
+// prepare(stage, begin, thread), which writes the tables of a slab, by threads that count from 0; load(slab,
+// stage, begin), which issues its copies: zeros where a row or column is past the edge. Each needs a barrier
+// after the one before it; none waits or synchronises. Loaders keep nothing in registers: what they need is a
+// few instructions from threadIdx, or lies in the tables.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -32,40 +32,58 @@ __device__ __forceinline__ void copy_elements(Element* const (&to)[kCount],
   }
 }
 
-// Rows of adjacent channels, positions of one stride, all aligned to 16 bytes.
+// Rows of adjacent channels, positions of one stride, all aligned to 16 bytes, whole 16 bytes of columns.
 template <class Slab, int kThreads>
 class RowLoader {
  public:
   using Element = typename Slab::Element;
-  struct Shared {};
-  static constexpr bool kTables = false;
+  static constexpr int kVector = 16 / sizeof(Element), kChunks = Slab::kColumns / kVector;
+  static constexpr bool kTables = true;
+  struct Shared {
+    int64_t rows[kContractStages][Slab::kRows];  // where each row begins, in bytes from the first
+    uint32_t valid_rows[kContractStages];        // a bit each; the other rows are zeros
+    int64_t columns[kChunks];                    // addresses in the first row, 0 past the edge
+  };
 
   // data: the group's; column0: the tile's first column.
-  __device__ __forceinline__ RowLoader(const ContractParams& params, const ContractOperand& x, Shared&,
+  __device__ __forceinline__ RowLoader(const ContractParams& params, const ContractOperand& x, Shared& shared,
                                        const ContractBlock& block, const void* const& data,
                                        const int& column0)
-      : params_(params), x_(x), block_(block), data_(data), column0_(column0) {}
-  __device__ __forceinline__ void start() const {}
-  __device__ __forceinline__ void prepare(int, const SlabBegin&) const {}
-  __device__ __forceinline__ void load(Element* slab, int, const SlabBegin& begin) const {
-    const int thread = compute_late(threadIdx.x), first_row = thread / kChunks;
-    const int chunk = thread % kChunks * kVector, column = column0_ + chunk;
-    const int valid_bytes = max(0, min(16, (x_.columns - column) * static_cast<int>(sizeof(Element))));
-    const Element* const data = static_cast<const Element*>(data_);
+      : params_(params), x_(x), shared_(shared), block_(block), data_(data), column0_(column0) {}
+  __device__ __forceinline__ void start() const {
+    for (int chunk = threadIdx.x; chunk < kChunks; chunk += kThreads) {
+      const int column = column0_ + chunk * kVector;
+      const Element* const data = static_cast<const Element*>(data_);
+      shared_.columns[chunk] = column < x_.columns ? reinterpret_cast<int64_t>(data + column) : 0;
+    }
+  }
+  __device__ __forceinline__ void prepare(int stage, const SlabBegin& begin, unsigned thread) const {
+    if (thread >= Slab::kRows) return;
+    const SlabRow<Slab> row(begin, thread, block_, params_.packed);
+    const int64_t offset = row.n * x_.stride_n + row.t * x_.stride_t;
+    const unsigned valid = __ballot_sync(Slab::kRows == 32 ? ~0u : (1u << Slab::kRows) - 1, row.valid);
+    shared_.rows[stage][thread] = row.valid ? offset * static_cast<int>(sizeof(Element)) : 0;
+    if (thread == 0) shared_.valid_rows[stage] = valid;
+  }
+  __device__ __forceinline__ void load(Element* slab, int stage, const SlabBegin&) const {
+    const int thread = compute_late(threadIdx.x), first_row = thread / kChunks, chunk = thread % kChunks;
+    const int64_t column = shared_.columns[chunk];
+    const unsigned valid_rows = shared_.valid_rows[stage] >> first_row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const SlabRow<Slab> row(begin, half * Slab::kDepth + first_row, block_, params_.packed);
-      const bool valid = row.valid && valid_bytes > 0;
-      const Element* const from = data + (valid ? row.n * x_.stride_n + row.t * x_.stride_t + column : 0);
-      cp_async<16>(slab + Slab::at(half * Slab::kDepth + first_row, chunk), from, valid ? valid_bytes : 0);
+      const int64_t from = column + shared_.rows[stage][half * Slab::kDepth + first_row];
+      const bool valid = column && valid_rows >> half * Slab::kDepth & 1;
+      cp_async<16>(slab + Slab::at(half * Slab::kDepth + first_row, chunk * kVector),
+                   reinterpret_cast<const void*>(from),
+                   valid ? 16 : 0);  // all or nothing takes fewer instructions
     }
   }
 
  private:
-  static constexpr int kVector = 16 / sizeof(Element), kChunks = Slab::kColumns / kVector;
   static_assert(!Slab::kAlongT && kThreads == kChunks * Slab::kDepth, "one copy per thread and half slab");
   const ContractParams& params_;
   const ContractOperand& x_;
+  Shared& shared_;
   const ContractBlock& block_;
   const void* const& data_;
   const int& column0_;
@@ -84,7 +102,7 @@ class PositionLoader {
                                             const int& column0)
       : params_(params), x_(x), block_(block), data_(data), column0_(column0) {}
   __device__ __forceinline__ void start() const {}
-  __device__ __forceinline__ void prepare(int, const SlabBegin&) const {}
+  __device__ __forceinline__ void prepare(int, const SlabBegin&, unsigned) const {}
   __device__ __forceinline__ void load(Element* slab, int, const SlabBegin& begin) const {
     if (params_.copy_bytes == 16) {
       load_by<16>(slab, begin);
@@ -206,9 +224,9 @@ class PatchLoader {
       shared_.columns[j] = column;
     }
   }
-  __device__ __forceinline__ void prepare(int stage, const SlabBegin& begin) const {
-    if (threadIdx.x >= Slab::kRows) return;
-    const SlabRow<Slab> place(begin, threadIdx.x, block_, params_.packed);
+  __device__ __forceinline__ void prepare(int stage, const SlabBegin& begin, unsigned thread) const {
+    if (thread >= Slab::kRows) return;
+    const SlabRow<Slab> place(begin, thread, block_, params_.packed);
     const int p[3] = {place.t / params_.positions[2] / params_.positions[1],
                       place.t / params_.positions[2] % params_.positions[1], place.t % params_.positions[2]};
     Row row{place.n * x_.stride_n, {}};
@@ -219,7 +237,7 @@ class PatchLoader {
       row.offset += corner * x_.stride[d];
     }
     if (!place.valid) row.corner[0] = kNowhere;
-    shared_.rows[stage][threadIdx.x] = row;
+    shared_.rows[stage][thread] = row;
   }
   __device__ __forceinline__ void load(Element* slab, int stage, const SlabBegin&) const {
     if constexpr (kWide) {

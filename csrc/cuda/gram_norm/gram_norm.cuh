@@ -80,15 +80,16 @@ struct GramTile {
   static __device__ __forceinline__ void copy_pieces(const GramRows& x, const int64_t* offsets, char* slab,
                                                      int column) {
     constexpr int kPieces = kGramSlabBytes / kBytes, kElements = kBytes / int(sizeof(Element));
-#pragma unroll kBytes == 16 ? 4 : 2
+#pragma unroll 2
     for (int index = 0; index < kTile * kPieces; index += kThreads) {
       const int row = (index + static_cast<int>(threadIdx.x)) / kPieces;
       const int piece = threadIdx.x % kPieces, first = column + piece * kElements;
       const int64_t offset = offsets[row];
-      const int left = offset < 0 ? 0 : x.columns - first;
-      const Element* from = static_cast<const Element*>(x.data) + (left > 0 ? offset + first : 0);
+      // A piece is inside or outside as a whole: the plan sees to it, as copies in part cost more.
+      const bool valid = offset >= 0 && first < x.columns;
+      const Element* from = static_cast<const Element*>(x.data) + (valid ? offset + first : 0);
       char* to = slab + place(row, piece * kBytes / 16) + piece * kBytes % 16;
-      cp_async<kBytes>(to, from, left <= 0 ? 0 : left < kElements ? left * int(sizeof(Element)) : kBytes);
+      cp_async<kBytes>(to, from, valid ? kBytes : 0);
     }
   }
 
@@ -140,9 +141,13 @@ struct GramTile {
     if constexpr (sizeof(Element) == 4) {
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
-        const Tf32Split parts(__uint_as_float(hi[r]));
-        hi[r] = parts.hi;
-        lo[r] = parts.lo;
+        if constexpr (kTerms == 1) {
+          hi[r] = to_tf32(__uint_as_float(hi[r]));
+        } else {
+          const Tf32Split parts(__uint_as_float(hi[r]));
+          hi[r] = parts.hi;
+          lo[r] = parts.lo;
+        }
       }
     }
   }

@@ -22,8 +22,8 @@ int copy_bytes(const GramOperand& x, const GramNormParams& p, int columns) {
   const int size = element_size(p.element);
   if (x.stride_c != 1 && columns > 1) return 0;
   const auto divides = [&](int bytes) {
-    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && (p.N == 1 || x.stride_n * size % bytes == 0) &&
-           (p.T == 1 || x.stride_t * size % bytes == 0);
+    return columns * size % bytes == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 &&
+           (p.N == 1 || x.stride_n * size % bytes == 0) && (p.T == 1 || x.stride_t * size % bytes == 0);
   };
   return divides(16) ? 16 : divides(4) ? 4 : 0;
 }

@@ -109,15 +109,15 @@ struct SquareTile {
   static __device__ __forceinline__ void copy_pieces(const SquareRows& x, int64_t N, Element* slab, int64_t n,
                                                      int column) {
     constexpr int kElements = kBytes / int(sizeof(Element)), kPieces = kTile / kElements;
-    const int piece = threadIdx.x % kPieces, first = column + piece * kElements, left = x.columns - first;
-    const int valid_bytes = left <= 0 ? 0 : left < kElements ? left * int(sizeof(Element)) : kBytes;
+    const int piece = threadIdx.x % kPieces, first = column + piece * kElements;
+    const bool inside = first < x.columns;  // wholly: the plan sees to it, as copies in part cost more
 #pragma unroll 2
     for (int index = 0; index < kRows * kPieces; index += kThreads) {
       const int row = (index + static_cast<int>(threadIdx.x)) / kPieces;
-      const bool valid = n + row < N && left > 0;
+      const bool valid = n + row < N && inside;
       const Element* from =
           static_cast<const Element*>(x.data) + (valid ? (n + row) * x.stride_n + first : 0);
-      cp_async<kBytes>(slab + row * kStride + piece * kElements, from, valid ? valid_bytes : 0);
+      cp_async<kBytes>(slab + row * kStride + piece * kElements, from, valid ? kBytes : 0);
     }
   }
 
@@ -182,7 +182,7 @@ struct SquareTile {
   }
   template <bool kSquare>
   static __device__ __forceinline__ uint32_t tf32(Element x) {
-    return round_to_tf32(value<kSquare>(x));
+    return to_tf32(value<kSquare>(x));
   }
 
   // The same columns of two samples in one register each, for native products of 16-bit elements.
@@ -215,7 +215,7 @@ struct SquareTile {
       for (int v = 0; v < 4; ++v) {
         const Tf32Split split(value<kSquare>(x.values[v]));
         b_hi[j / 2][v / 2][v % 2 + j % 2 * 2] = split.hi;
-        b_lo[j / 2][v / 2][v % 2 + j % 2 * 2] = round_to_tf32(__uint_as_float(split.lo));
+        b_lo[j / 2][v / 2][v % 2 + j % 2 * 2] = split.lo;
       }
     }
 #pragma unroll
@@ -228,7 +228,7 @@ struct SquareTile {
         for (int v = 0; v < 4; ++v) {
           const Tf32Split split(value<kSquare>(x.values[v]));
           a_hi[j / 2][v][j % 2] = split.hi;
-          a_lo[j / 2][v][j % 2] = round_to_tf32(__uint_as_float(split.lo));
+          a_lo[j / 2][v][j % 2] = split.lo;
         }
       }
 #pragma unroll
@@ -532,12 +532,12 @@ void launch_square_gemm(const SquareGemmParams& params, const StatsOutputs& outp
   job.centered = outputs.sum_grad_centered_squared;
 
   // Blocks per multiprocessor, the last argument, go with the plan's.
-  if (plan.tile == 64) {
-    plan.sums ? launch_square_tile<SquareTile<Element, kTerms, true, 64, 32, 3>>(job, plan, stream)
-              : launch_square_tile<SquareTile<Element, kTerms, false, 64, 32, 3>>(job, plan, stream);
+  if (plan.sums) {
+    launch_square_tile<SquareTile<Element, kTerms, true, 64, 32, 3>>(job, plan, stream);
+  } else if (plan.tile == 64) {
+    launch_square_tile<SquareTile<Element, kTerms, false, 64, 32, 3>>(job, plan, stream);
   } else if constexpr (kTerms == 1) {
-    plan.sums ? launch_square_tile<SquareTile<Element, kTerms, true, 128, 64, 1>>(job, plan, stream)
-              : launch_square_tile<SquareTile<Element, kTerms, false, 128, 64, 1>>(job, plan, stream);
+    launch_square_tile<SquareTile<Element, kTerms, false, 128, 64, 1>>(job, plan, stream);
   }
   if (plan.splits > 1) {
     constexpr int64_t kMaxBlocks = 1 << 16;

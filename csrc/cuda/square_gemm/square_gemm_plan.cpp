@@ -14,7 +14,8 @@ int copy_bytes(const SquareOperand& x, const SquareGemmParams& p, int columns) {
   const int size = element_size(p.element);
   if (x.stride_c != 1 && columns > 1) return 0;
   const auto divides = [&](int bytes) {
-    return reinterpret_cast<uintptr_t>(x.data) % bytes == 0 && (p.N == 1 || x.stride_n * size % bytes == 0);
+    return columns * size % bytes == 0 && reinterpret_cast<uintptr_t>(x.data) % bytes == 0 &&
+           (p.N == 1 || x.stride_n * size % bytes == 0);
   };
   return divides(16) ? 16 : divides(4) ? 4 : 0;
 }
@@ -65,16 +66,12 @@ SquareGemmPlan plan_square_gemm(const SquareGemmParams& p, const StatsOutputs& o
   if (model.slabs() > INT32_MAX) throw std::invalid_argument("square_gemm: too many samples");
   plan.slabs = static_cast<int>(model.slabs());
 
+  // Not with the gradient, whose sums would not fit the registers; nor with three products per step, where the
+  // tensor cores are the limit with either tile.
+  const bool large_applies = !plan.sums && (p.element != Element::kFloat32 || p.tf32);
   double least = 0;
   for (const int tile : {64, 128}) {
-    if (tile == 128) {
-      // Three products per step: the tensor cores are the limit with either tile, and the registers only just
-      // suffice for the large one.
-      if (p.element == Element::kFloat32 && !p.tf32) continue;
-      if (options.tile == 1) continue;
-    } else if (options.tile == 2 && (p.element != Element::kFloat32 || p.tf32)) {
-      continue;
-    }
+    if (tile == 128 ? !large_applies || options.tile == 1 : large_applies && options.tile == 2) continue;
     // At most two rounds of blocks, which bounds the workspace, and two slabs per block.
     const int64_t most =
         std::min(std::max<int64_t>(1, 2 * model.places(tile) / model.tiles(tile)), ceil_div(plan.slabs, 2));
