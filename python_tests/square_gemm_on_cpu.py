@@ -15,7 +15,7 @@ import sys
 from typing import NamedTuple
 
 import numpy as np
-from gram_norm_on_cpu import LAYOUTS, dtype_of, place, to_tf32, sum_of_steps
+from gram_norm_on_cpu import LAYOUTS, dtype_of, place, sum_of_steps, to_tf32
 from outer_norm_on_cpu import decode, encode
 from stats_on_cpu import CENTERED, ELEMENTS, GRAD, GUARD, HALF_ULP, SENTINEL, SQUARES, Options, StatsOutputs
 

@@ -1,17 +1,14 @@
 """The gram_norm kernel: its sources on the CPU-side harness, with planted faults, and through nvcc."""
 
-import re
 from pathlib import Path
 
 import pytest
 from harness_tools import (
     ADDRESS,
-    BOTH_ARCHITECTURES,
     OUT_OF_BOUNDS,
     PLAIN,
     RACE,
     REPORTED,
-    ROOT,
     SEEDS,
     THREAD,
     WRONG,
@@ -20,8 +17,6 @@ from harness_tools import (
     check_fault,
     harness_build,
     needs_harness,
-    needs_nvcc,
-    run_nvcc,
     run_script,
 )
 
@@ -118,7 +113,7 @@ FAULTS = {
     "rows past T": ("bfloat16", wrong((KERNEL, EXISTS, "n < job.N ?"))),
     "samples past N": (
         "bfloat16",
-        Fault(ADDRESS, REPORTED, "an instruction reads out of bounds", [(KERNEL, EXISTS, "t < job.T ?")]),
+        Fault(ADDRESS, OUT_OF_BOUNDS, "heap-buffer-overflow", [(KERNEL, EXISTS, "t < job.T ?")]),
     ),
     "results past N": (
         "bfloat16",
@@ -212,15 +207,3 @@ def test_fault_planted_in_gram_norm_is_caught(faulty_libraries, name):
         )
 
     check_fault(fault, run)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_nvcc_compiles_without_spills(precision, tmp_path):
-    report = run_nvcc(
-        *("-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"),
-        *(*BOTH_ARCHITECTURES, "--threads=2"),
-        *("-c", ROOT / f"csrc/cuda/gram_norm/gram_norm_{precision}.cu", "-o", tmp_path / "kernel.o"),
-    )
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills == [("0", "0")] * 14, report  # three tiles, two kernels each, and one kernel more; two architectures

@@ -102,6 +102,16 @@ def usages():
     return result
 
 
+def test_nvcc_warns_of_nothing(usages):
+    warnings = [
+        line
+        for log in BUILD.glob("CMakeFiles/*.dir/csrc/cuda/**/*.ptxas")
+        for line in log.read_text().splitlines()
+        if "warning" in line.lower()
+    ]
+    assert usages and not warnings, "\n".join(warnings)
+
+
 def test_no_kernel_spills(usages):
     spilling = [
         f"{source}: {kernel} for {architecture}: {usage}"

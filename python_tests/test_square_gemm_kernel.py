@@ -1,17 +1,14 @@
 """The square_gemm kernels: their sources on the CPU-side harness, with planted faults, and through nvcc."""
 
-import re
 from pathlib import Path
 
 import pytest
 from harness_tools import (
     ADDRESS,
-    BOTH_ARCHITECTURES,
     OUT_OF_BOUNDS,
     PLAIN,
     RACE,
     REPORTED,
-    ROOT,
     SEEDS,
     THREAD,
     WRONG,
@@ -20,8 +17,6 @@ from harness_tools import (
     check_fault,
     harness_build,
     needs_harness,
-    needs_nvcc,
-    run_nvcc,
     run_script,
 )
 
@@ -237,16 +232,3 @@ def test_fault_planted_in_square_gemm_is_caught(faulty_libraries, name):
         return run_square_gemm(library, precision, "faults", *flags, sanitizer=fault.sanitizer, **environment)
 
     check_fault(fault, run)
-
-
-@needs_nvcc
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_nvcc_compiles_without_spills(precision, tmp_path):
-    report = run_nvcc(
-        *("-O3", "-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror", "-Xptxas=-v"),
-        *(*BOTH_ARCHITECTURES, "--threads=2"),
-        *("-c", ROOT / f"csrc/cuda/square_gemm/square_gemm_{precision}.cu", "-o", tmp_path / "kernel.o"),
-    )
-    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    # One or two tiles with and without the gradient, and three kernels more; two architectures.
-    assert spills == [("0", "0")] * (10 if precision == "tf32x3" else 14), report
