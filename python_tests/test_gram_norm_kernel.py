@@ -8,7 +8,6 @@ from harness_tools import (
     OUT_OF_BOUNDS,
     PLAIN,
     RACE,
-    REPORTED,
     SEEDS,
     THREAD,
     WRONG,

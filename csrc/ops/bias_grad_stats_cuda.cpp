@@ -9,7 +9,8 @@
 
 namespace backpack_cuda::cuda {
 
-void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutputs& out, const CudaCall& call) {
+void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutputs& out,
+                const CudaCall& call) {
   std::vector<int64_t> positions;
   for (int64_t d = 1; d < grad_output.dim(); ++d) {
     if (d != channel_dim) positions.push_back(d);

@@ -66,8 +66,8 @@ SquareGemmPlan plan_square_gemm(const SquareGemmParams& p, const StatsOutputs& o
   if (model.slabs() > INT32_MAX) throw std::invalid_argument("square_gemm: too many samples");
   plan.slabs = static_cast<int>(model.slabs());
 
-  // Not with the gradient, whose sums would not fit the registers; nor with three products per step, where the
-  // tensor cores are the limit with either tile.
+  // Not with the gradient, whose sums would not fit the registers; nor with three products per step, where
+  // the tensor cores are the limit with either tile.
   const bool large_applies = !plan.sums && (p.element != Element::kFloat32 || p.tf32);
   double least = 0;
   for (const int tile : {64, 128}) {
