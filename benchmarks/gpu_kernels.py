@@ -36,12 +36,23 @@ WANTS = {
     "l2": BATCH_L2,
 }
 WEIGHTED = "weighted grad"
-QUANTITIES = (*WANTS, WEIGHTED)
+HOPPER = "grad + l2 + squared, wgmma"  # by the path of sm_90a, which only the switch "way" chooses
+HOPPER_WAY = 4
 # Largest difference from the composed result, relative in norm: the rounding of both.
 TOLERANCE = {"highest": 1e-4, "tf32": 5e-3, "bf16": 3e-2}
 FLUSH_BYTES = 512 << 20
 LARGEST_RESULT = 6 << 30  # bytes: larger per-sample gradients are not measured
 MIB = 1 << 20
+
+
+def quantities(precision: str) -> tuple[str, ...]:
+    """What is measured in this precision."""
+    return (*WANTS, WEIGHTED, *((HOPPER,) if precision == "bf16" else ()))
+
+
+def wanted(quantity: str) -> int:
+    """The statistics that a quantity consists of."""
+    return WANTS.get(quantity, GRAD if quantity == WEIGHTED else WANTS["grad + l2 + squared"])
 
 
 class Device:
@@ -50,6 +61,7 @@ class Device:
     def __init__(self, name: str) -> None:
         self.name = name
         self.cuda = name == "cuda"
+        self.hopper = self.cuda and torch.cuda.get_device_capability() == (9, 0)
         # On a CPU, where nothing that is measured counts, nothing is overwritten.
         self.scratch = torch.empty(FLUSH_BYTES if self.cuda else 1, dtype=torch.uint8, device=name)
 
@@ -114,6 +126,16 @@ def precision_mode(precision: str):
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@contextlib.contextmanager
+def cuda_option(name: str, value: int):
+    """Forces a choice of the CUDA kernels."""
+    before = torch.ops.backpack_cuda._cuda_option(name, value)
+    try:
+        yield
+    finally:
+        torch.ops.backpack_cuda._cuda_option(name, before)
+
+
 # --- The three ways to a result -------------------------------------------------------------------------------
 
 
@@ -131,7 +153,10 @@ def operator(layer: Layer, quantity: str, input: Tensor, grad_output: Tensor, we
         call = getattr(torch.ops.backpack_cuda, f"{family}_weighted_grad")
         return call(input, grad_output, weights, *layer.sizes(), tf32)
     call = getattr(torch.ops.backpack_cuda, f"{family}_grad_stats")
-    return call(input, grad_output, *layer.sizes(), WANTS[quantity], 0, tf32)[:5]
+    if quantity == HOPPER:
+        with cuda_option("way", HOPPER_WAY):
+            return call(input, grad_output, *layer.sizes(), wanted(quantity), 0, tf32)[:5]
+    return call(input, grad_output, *layer.sizes(), wanted(quantity), 0, tf32)[:5]
 
 
 def per_sample(layer: Layer, input: Tensor, grad_output: Tensor) -> Tensor:
@@ -154,7 +179,7 @@ def composed(layer: Layer, quantity: str, input: Tensor, grad_output: Tensor, we
     if quantity == WEIGHTED:
         scaled = (grad_output * weights.view(-1, *(1,) * (grad_output.dim() - 1))).to(grad_output.dtype)
         return {WEIGHTED: library_gradient(layer, input, scaled)}
-    want = WANTS[quantity]
+    want = wanted(quantity)
     if want == GRAD:
         return {"grad": library_gradient(layer, input, grad_output)}
     made: dict[str, Tensor] = {}
@@ -195,7 +220,7 @@ def by_name(quantity: str, results: Any) -> dict[str, Tensor]:
     """The operator's results under the names of `composed`."""
     if quantity == WEIGHTED:
         return {WEIGHTED: results}
-    want = WANTS[quantity]
+    want = wanted(quantity)
     return {name: results[bit.bit_length() - 1] for bit, name in NAMES.items() if want & bit}
 
 
@@ -255,7 +280,7 @@ def result_bytes(layer: Layer, want: int, element: int) -> int:
 
 def work(layer: Layer, quantity: str, element: int) -> tuple[float, int]:
     """(flops, bytes) that the results need at least: every operand read once, every result written once."""
-    want = GRAD if quantity == WEIGHTED else WANTS[quantity]
+    want = wanted(quantity)
     flops = layer.flops()
     if layer.num_positions == 1 and layer.linear:
         products = bool(want & (GRAD | CENTERED)) + bool(want & (SQUARED | CENTERED))
@@ -285,9 +310,11 @@ def measure_group(group: Group, device: Device, ceilings: Ceilings, rounds: int,
     with precision_mode(precision):
         steps["library"]()
         extra = {"library": device.extra_bytes(steps["library"])}
-        for quantity in QUANTITIES:
+        for quantity in quantities(precision):
             cells[quantity] = cell = {}
-            if quantity in WANTS and result_bytes(layer, WANTS[quantity], dtype.itemsize) > LARGEST_RESULT:
+            if quantity == HOPPER and not (layer.linear and device.hopper):
+                continue
+            if result_bytes(layer, wanted(quantity), dtype.itemsize) > LARGEST_RESULT:
                 cell["skipped"] = f"the result would take more than {LARGEST_RESULT >> 30} GiB"
                 continue
             own = {

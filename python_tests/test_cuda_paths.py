@@ -1,4 +1,4 @@
-"""The CUDA operators on the harness: every way of computing, tile, loader and split, forced one by one.
+"""The CUDA operators, every way of computing, tile, loader and split forced one by one: on a GPU, else on the harness.
 
 What the automatic choices give is tested by running the whole suite with `--cuda-on-cpu` (test_cuda_on_cpu.py).
 """
@@ -10,14 +10,13 @@ from dataclasses import replace
 import operators_on_harness
 import pytest
 import torch
-from harness_tools import needs_harness
+from harness_tools import reason_to_skip
 from helpers import named, some
 from op_cases import CASES, HALVES, TOLERANCES, Tolerance, assert_stats, conv, linear, want_bits
 from oracle import FIELDS, Stats
 from property_testing import HealthCheck, given, settings
 from test_ops_geometry import conv_cases, linear_cases
 
-pytestmark = needs_harness
 CONTRACT, SEPARATE, DEPTHWISE = {"way": 1}, {"way": 2}, {"way": 3}
 PATHS = {
     "small tiles": {**CONTRACT, "tile": 1},
@@ -80,10 +79,16 @@ SOME_FIELDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def gpu_or_harness(device):
+    if device.type != "cuda" and reason_to_skip():
+        pytest.skip(reason_to_skip())
+
+
 @contextlib.contextmanager
-def cuda_options(**options):
-    """Forces choices of the CUDA kernels, and puts the automatic ones back."""
-    operators = operators_on_harness.load()
+def cuda_options(device, **options):
+    """The operators for this device, with choices of the CUDA kernels forced; the automatic ones are put back."""
+    operators = torch.ops.backpack_cuda if device.type == "cuda" else operators_on_harness.load()
     try:
         for name, value in options.items():
             operators._cuda_option(name, value)
@@ -94,15 +99,17 @@ def cuda_options(**options):
 
 
 def weight_stats(case, input, grad_output, fields=FIELDS, tf32=False, **options) -> Stats:
-    with cuda_options(**options) as operators:
+    """On the CPU."""
+    with cuda_options(input.device, **options) as operators:
         operator = getattr(operators, f"{case.family}_grad_stats")
-        return Stats(*operator(input, grad_output, *case.geometry_arguments(), want_bits(*fields), 0, tf32)[:5])
+        results = operator(input, grad_output, *case.geometry_arguments(), want_bits(*fields), 0, tf32)[:5]
+    return Stats(*(result.cpu() for result in results))
 
 
 @named("options", PATHS)
 @named("case", ALL_CASES)
-def test_paths(case, options):
-    input, grad_output = case.operands()
+def test_paths(case, options, device):
+    input, grad_output = case.operands(device)
     expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
     for fields in SOME_FIELDS:
         actual = weight_stats(case, input, grad_output, fields, **options)
@@ -112,9 +119,9 @@ def test_paths(case, options):
 @pytest.mark.parametrize("dtype, tf32", [(torch.float32, True), *((dtype, False) for dtype in HALVES)], ids=str)
 @named("options", PATHS)
 @named("case", some(ALL_CASES, "linear_wide", "linear_tokens", "conv2d_3x3", "conv2d_depthwise", *LOADER_CASES))
-def test_small_integers_are_exact(case, options, dtype, tf32):
+def test_small_integers_are_exact(case, options, dtype, tf32, device):
     """Every product and sum of small integers is exact on tensor cores: results are equal, bit by bit."""
-    input, grad_output = case.operands(dtype=dtype, integers=True)
+    input, grad_output = case.operands(device, dtype, integers=True)
     expected = case.oracle(input, grad_output)[0]
     for fields in (FIELDS[:4], FIELDS[:1], FIELDS[2:4]):
         actual = weight_stats(case, input, grad_output, fields, tf32, **options)
@@ -130,6 +137,7 @@ SM90_CASES = {
     "rows": linear((3, 70, 72), 136),
     "few rows": linear((5, 3, 16), 24),
     "one sample": linear((1, 130, 24), 16),
+    "many tiles": linear((2, 66, 264), 136),
     "channels last, 1x1": conv(
         (2, 16, 9, 7), 24, 1, input_layout="aligned_channels_last", grad_output_layout="aligned_channels_last"
     ),
@@ -139,16 +147,18 @@ SM90_CASES = {
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("splits", [0, 2])
 @named("case", SM90_CASES)
-def test_hopper(case, dtype, splits, monkeypatch):
+def test_hopper(case, dtype, splits, monkeypatch, device):
     """The path of sm_90a through the operators, on small integers and in general."""
+    if device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs a device of compute capability 9.0")
     monkeypatch.setenv("CUDA_ON_CPU_CAPABILITY", "90")
-    input, grad_output = case.operands(dtype=dtype, integers=True)
+    input, grad_output = case.operands(device, dtype, integers=True)
     expected = case.oracle(input, grad_output)[0]
     actual = weight_stats(case, input, grad_output, FIELDS[:4], way=4, splits=splits)
     for name in FIELDS[:4]:
         value, exact = getattr(actual, name), getattr(expected, name)
         assert torch.equal(value, exact.to(value.dtype)), name
-    input, grad_output = case.operands(dtype=dtype)
+    input, grad_output = case.operands(device, dtype)
     expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
     actual = weight_stats(case, input, grad_output, way=4, splits=splits)
     assert_stats(actual, expected, magnitude, Tolerance(5e-3, 5e-3))
@@ -165,33 +175,33 @@ def test_hopper(case, dtype, splits, monkeypatch):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=linear_cases())
-def test_random_linear_layers_through_the_contraction(case):
-    check_random(case, CONTRACT)
+def test_random_linear_layers_through_the_contraction(case, device):
+    check_random(case, CONTRACT, device)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=conv_cases(transposed=False))
-def test_random_convolutions_without_tensor_cores(case):
-    check_random(case, DEPTHWISE)
+def test_random_convolutions_without_tensor_cores(case, device):
+    check_random(case, DEPTHWISE, device)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(case=conv_cases(transposed=True))
-def test_random_transposed_convolutions_without_tensor_cores(case):
-    check_random(case, DEPTHWISE)
+def test_random_transposed_convolutions_without_tensor_cores(case, device):
+    check_random(case, DEPTHWISE, device)
 
 
-def check_random(case, options):
-    input, grad_output = case.operands()
+def check_random(case, options, device):
+    input, grad_output = case.operands(device)
     expected, magnitude = case.oracle(input, grad_output)[0], case.magnitudes(input, grad_output)[0]
     assert_stats(weight_stats(case, input, grad_output, **options), expected, magnitude, TOLERANCES[torch.float32])
 
 
 @pytest.mark.parametrize("precision, bound", [(False, 2e-6), (True, 2e-3)], ids=["highest", "high"])
 @named("case", some(ALL_CASES, "linear_wide", "rows", "conv2d_3x3", "channels last", "positions"))
-def test_precision_of_float32(case, precision, bound):
+def test_precision_of_float32(case, precision, bound, device):
     """ "high" rounds operands to 11 bits, and so differs; "highest" does not."""
-    input, grad_output = case.operands()
+    input, grad_output = case.operands(device)
     expected = case.oracle(input, grad_output)[0]
     for options in (CONTRACT, SEPARATE):
         actual = weight_stats(case, input, grad_output, tf32=precision, **options)
@@ -202,9 +212,9 @@ def test_precision_of_float32(case, precision, bound):
 
 @named("options", PATHS)
 @named("case", some(ALL_CASES, "linear_wide", "rows", "conv2d_3x3", "conv2d_depthwise", "channels last"))
-def test_results_do_not_depend_on_the_schedule(case, options):
+def test_results_do_not_depend_on_the_schedule(case, options, device):
     """Blocks and threads run in another order under every seed: there is no sum whose order they could change."""
-    input, grad_output = case.operands()
+    input, grad_output = case.operands(device)
     results = []
     for seed in ("1", "2", "3"):
         before = os.environ.get("CUDA_ON_CPU_SEED")
@@ -222,37 +232,36 @@ def test_results_do_not_depend_on_the_schedule(case, options):
 
 @pytest.mark.parametrize("way", [{}, CONTRACT, SEPARATE, DEPTHWISE], ids=str)
 @named("case", some(ALL_CASES, "linear", "linear_tokens", "conv2d_3x3", "conv2d_depthwise", "conv_transpose2d", "rows"))
-def test_weighted_gradient(case, way):
+def test_weighted_gradient(case, way, device):
     """sum_n c_n G_n, negative and zero weights too, from weights with a stride."""
-    input, grad_output = case.operands()
-    weights = torch.randn(len(input), 2)[:, 0]
+    input, grad_output = case.operands(device)
+    weights = torch.randn(len(input), 2, device=device)[:, 0]
     weights[0] = 0
-    with cuda_options(**way) as operators:
+    with cuda_options(device, **way) as operators:
         operator = getattr(operators, f"{case.family}_weighted_grad")
-        actual = operator(input, grad_output, weights, *case.geometry_arguments())
+        actual = operator(input, grad_output, weights, *case.geometry_arguments()).cpu()
     rows = case.oracle(input, grad_output)[0].batch_grad
-    expected = torch.einsum("n,n...->...", weights.double(), rows)
+    expected = torch.einsum("n,n...->...", weights.cpu().double(), rows)
     assert (actual.double() - expected).abs().max() <= 1e-5 * rows.abs().max()
 
 
-def test_float64_is_refused():
-    operators = operators_on_harness.load()
-    operands = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 4, dtype=torch.float64)
-    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
+def test_float64_is_refused(device):
+    operands = (torch.ones(2, size, dtype=torch.float64, device=device) for size in (3, 4))
+    with cuda_options(device) as operators, pytest.raises(RuntimeError, match="float32, bfloat16 and float16"):
         operators.linear_grad_stats(*operands, 1, 0)
 
 
 @pytest.mark.parametrize("name, value", [("tile", -1), ("nothing", 0)])
-def test_options_are_checked(name, value):
-    with pytest.raises(RuntimeError, match=name):
-        operators_on_harness.load()._cuda_option(name, value)
+def test_options_are_checked(name, value, device):
+    with cuda_options(device) as operators, pytest.raises(RuntimeError, match=name):
+        operators._cuda_option(name, value)
 
 
-def test_middle_dims_that_do_not_merge():
+def test_middle_dims_that_do_not_merge(device):
     """More than three of them are copied."""
     case = replace(linear((2, 2, 3, 2, 3, 5), 4), input_layout="strided", grad_output_layout="strided")
-    check_random(case, {})
-    check_random(case, CONTRACT)
+    check_random(case, {}, device)
+    check_random(case, CONTRACT, device)
 
 
 NON_FINITE_CASES = some(
@@ -270,9 +279,9 @@ NON_FINITE_CASES = some(
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @named("options", PATHS)
 @named("case", NON_FINITE_CASES)
-def test_non_finite_samples_stay_alone(case, options, value):
+def test_non_finite_samples_stay_alone(case, options, value, device):
     """One NaN or Inf makes its own sample's results non-finite, and no other's."""
-    input, grad_output = case.operands()
+    input, grad_output = case.operands(device)
     sample = len(input) // 2
     clean = weight_stats(case, input, grad_output, FIELDS[1:3], **options)
     input, grad_output = input.clone(), grad_output.clone()

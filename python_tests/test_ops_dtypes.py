@@ -7,9 +7,7 @@ from op_cases import CASES, HALVES, TOLERANCES, assert_stats, linear
 from oracle import FIELDS, Stats
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@named("case", CASES)
-def test_half_precision(case, dtype, device):
+def check_half_precision(case, dtype, device):
     input, grad_output = case.operands(device, dtype)
     expected, magnitude = case.oracle(input, grad_output), case.magnitudes(input, grad_output)
     for actual, reference, scale in zip(case.raw(input, grad_output), expected, magnitude, strict=True):
@@ -24,6 +22,12 @@ def test_half_precision(case, dtype, device):
                 value = exact
             unrounded.append(value)
         assert_stats(Stats(*unrounded), reference, scale, TOLERANCES[torch.float32])
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@named("case", CASES)
+def test_half_precision(case, dtype, device):
+    check_half_precision(case, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALVES], ids=str)
