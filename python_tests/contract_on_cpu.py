@@ -20,41 +20,11 @@ from math import prod
 
 import numpy as np
 from outer_norm_on_cpu import STORAGE, decode, encode
+from stats_on_cpu import Operand, Options, OuterProblem, StatsOutputs
 
 LOADERS = ["rows", "channels_last", "positions", "elements"]  # in the order of ContractLoader, from 1
 DEPTH = {"tf32": 8, "tf32x3": 8, "bfloat16": 16, "float16": 16}  # of one mma
-
-
-class Operand(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *[(name, ctypes.c_int64) for name in ("stride_n", "stride_c")],
-        ("stride", ctypes.c_int64 * 3),
-    ]
-
-
-class OuterProblem(ctypes.Structure):
-    _fields_ = [
-        ("element", ctypes.c_int),
-        ("tf32", ctypes.c_bool),
-        ("N", ctypes.c_int64),
-        *[(name, ctypes.c_int) for name in ("groups", "O", "channels")],
-        *[(name, ctypes.c_int * 3) for name in ("positions", "size", "kernel", "step", "padding", "dilation")],
-        *[(name, Operand) for name in ("a", "b")],
-    ]
-
-
 RESULTS = ["grad", "batch_grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared"]
-
-
-class StatsOutputs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in (*RESULTS, "weights")]
-
-
-class Options(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("way", "tile", "loader", "splits", "t_splits", "sm_count")]
-
-
 # Of ContractPlan, as the entry points report them.
 PLAN = ("loader", "tile", "splits", "t_splits", "packed", "squares", "copy_bytes", "workspace_bytes")
 

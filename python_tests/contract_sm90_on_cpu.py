@@ -13,37 +13,9 @@ import sys
 
 import numpy as np
 from outer_norm_on_cpu import decode, encode
+from stats_on_cpu import ELEMENTS, SENTINEL, Operand, Options, OuterProblem, StatsOutputs
 
 I32, I64, FLOATS = ctypes.c_int, ctypes.c_int64, ctypes.POINTER(ctypes.c_float)
-ELEMENTS = {"float32": 0, "bfloat16": 1, "float16": 2}
-SENTINEL = -7
-
-
-class Operand(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride_n", I64), ("stride_c", I64), ("stride", I64 * 3)]
-
-
-class OuterProblem(ctypes.Structure):
-    """csrc/cuda/common/outer_problem.h"""
-
-    _fields_ = [
-        *[("element", I32), ("tf32", ctypes.c_bool), ("N", I64), ("groups", I32), ("O", I32), ("channels", I32)],
-        *[(name, I32 * 3) for name in ("positions", "size", "kernel", "step", "padding", "dilation")],
-        *[("a", Operand), ("b", Operand)],
-    ]
-
-
-class StatsOutputs(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("grad", "batch_grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared", "weights")
-    ]
-
-
-class Options(ctypes.Structure):
-    """csrc/cuda/common/options.h"""
-
-    _fields_ = [(name, I64) for name in ("way", "tile", "loader", "splits", "t_splits", "sm_count")]
 
 
 class Plan(ctypes.Structure):

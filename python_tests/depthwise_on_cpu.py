@@ -21,7 +21,9 @@ from stats_on_cpu import (
     GRAD,
     SQUARES,
     WEIGHTED,
+    Operand,
     Options,
+    OuterProblem,
     Outputs,
     StatsOutputs,
     decode,
@@ -30,29 +32,6 @@ from stats_on_cpu import (
 )
 
 THREE_INTS = ctypes.c_int * 3
-
-
-class Operand(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride_n", ctypes.c_int64),
-        ("stride_c", ctypes.c_int64),
-        ("stride", ctypes.c_int64 * 3),
-    ]
-
-
-class OuterProblem(ctypes.Structure):
-    """Of csrc/cuda/common/outer_problem.h."""
-
-    _fields_ = [
-        ("element", ctypes.c_int),
-        ("tf32", ctypes.c_bool),
-        ("N", ctypes.c_int64),
-        *[(name, ctypes.c_int) for name in ("groups", "O", "channels")],
-        *[(name, THREE_INTS) for name in ("positions", "size", "kernel", "step", "padding", "dilation")],
-        ("a", Operand),
-        ("b", Operand),
-    ]
 
 
 N_DIM, C_DIM, D_DIM, H_DIM, W_DIM = range(5)

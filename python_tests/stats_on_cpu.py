@@ -17,9 +17,28 @@ SENTINEL, GUARD = -7.0, 8
 MAP_NORESERVE = 0x4000  # of Linux; Python's mmap has it from 3.13 on
 
 
-class StatsOutputs(ctypes.Structure):
-    """Of csrc/cuda/common/outer_problem.h."""
+class Operand(ctypes.Structure):
+    """Of csrc/cuda/common/outer_problem.h, as the two that follow."""
 
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *[(name, ctypes.c_int64) for name in ("stride_n", "stride_c")],
+        ("stride", ctypes.c_int64 * 3),
+    ]
+
+
+class OuterProblem(ctypes.Structure):
+    _fields_ = [
+        ("element", ctypes.c_int),
+        ("tf32", ctypes.c_bool),
+        ("N", ctypes.c_int64),
+        *[(name, ctypes.c_int) for name in ("groups", "O", "channels")],
+        *[(name, ctypes.c_int * 3) for name in ("positions", "size", "kernel", "step", "padding", "dilation")],
+        *[(name, Operand) for name in ("a", "b")],
+    ]
+
+
+class StatsOutputs(ctypes.Structure):
     NAMES = ("grad", "batch_grad", "batch_l2", "sum_grad_squared", "sum_grad_centered_squared", "weights")
     _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
 

@@ -6,33 +6,11 @@ from math import prod
 import pytest
 from harness_tools import harness_build, needs_harness
 from helpers import named
+from stats_on_cpu import Operand, OuterProblem
 
 GRAD, BATCH_GRAD, NORM, SQUARES, CENTERED = 1, 2, 4, 8, 16
 CONTRACT, SEPARATE, DEPTHWISE = 1, 2, 3
 FLOAT32, BFLOAT16 = 0, 1
-
-
-class Operand(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("stride_n", ctypes.c_int64),
-        ("stride_c", ctypes.c_int64),
-        ("stride", ctypes.c_int64 * 3),
-    ]
-
-
-class Problem(ctypes.Structure):
-    """OuterProblem of csrc/cuda/common/outer_problem.h."""
-
-    _fields_ = [
-        ("element", ctypes.c_int),
-        ("tf32", ctypes.c_bool),
-        ("N", ctypes.c_int64),
-        *[(name, ctypes.c_int) for name in ("groups", "O", "channels")],
-        *[(name, ctypes.c_int * 3) for name in ("positions", "size", "kernel", "step", "padding", "dilation")],
-        ("a", Operand),
-        ("b", Operand),
-    ]
 
 
 def linear(n, t, i, o, element=FLOAT32, tf32=False, rows_merge=True):
@@ -40,7 +18,7 @@ def linear(n, t, i, o, element=FLOAT32, tf32=False, rows_merge=True):
     gap = 0 if rows_merge else 8
     ones = (1, 1, 1)
     a, b = (Operand(None, t * size + gap, 1, (0, 0, size)) for size in (i, o))
-    return Problem(element, tf32, n, 1, o, i, (1, 1, t), (1, 1, t), ones, ones, (0, 0, 0), ones, a, b), True
+    return OuterProblem(element, tf32, n, 1, o, i, (1, 1, t), (1, 1, t), ones, ones, (0, 0, 0), ones, a, b), True
 
 
 def conv(n, channels, out_channels, size, kernel, groups=1, element=FLOAT32, tf32=False):
@@ -49,7 +27,7 @@ def conv(n, channels, out_channels, size, kernel, groups=1, element=FLOAT32, tf3
     a, b = (Operand(None, c * size**2, size**2, (0, size, 1)) for c in (channels, out_channels))
     shape = (groups, out_channels // groups, channels // groups)
     half = (0, kernel // 2, kernel // 2)
-    return Problem(element, tf32, n, *shape, sizes, sizes, (1, kernel, kernel), ones, half, ones, a, b), False
+    return OuterProblem(element, tf32, n, *shape, sizes, sizes, (1, kernel, kernel), ones, half, ones, a, b), False
 
 
 @pytest.fixture(scope="module")

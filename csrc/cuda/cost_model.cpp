@@ -68,11 +68,12 @@ Cost separate_cost(const OuterProblem& p, const StatsOutputs& out) {
   if (out.batch_l2) {
     cost.bytes += operand_bytes(p);
     cost.launches += 1;
-    if (p.T() > 1) {  // gram_norm: 32 x 32 tiles of both Gram matrices, upper triangle; several small samples
-                      // share a tile
-      const double tiles =
-          p.T() <= 16 ? 1. / (32 / p.T()) : round_up(T, 32) / 32 * (round_up(T, 32) / 32 + 1) / 2;
-      cost.products += 2 * N * tiles * 32 * 32 * (I + O) / product_rate(p);
+    if (p.T() >
+        1) {  // gram_norm: tiles of both Gram matrices, upper triangle; several small samples share one
+      const int edge = p.T() <= 32 ? 32 : p.T() <= 64 ? 64 : 128;
+      const double blocks = round_up(T, edge) / edge;
+      const double tiles = p.T() <= 16 ? 1. / (32 / p.T()) : blocks * (blocks + 1) / 2;
+      cost.products += 2 * N * tiles * edge * edge * (I + O) / product_rate(p);
       cost.launches += 1;
     }
   }
