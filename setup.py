@@ -7,7 +7,6 @@ Environment variables:
     MAX_JOBS                    parallel compilations
 """
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -26,12 +25,6 @@ OPTIONS = {
     "BACKPACK_CUDA_ARCHS": "80;90a-real",
     "BACKPACK_CUDA_TORCH_TARGET": "2.11",
 }
-
-
-def cutlass_include():
-    """CUTLASS' headers, which the nvidia-cutlass wheel carries: a folder, or "" when it is not installed."""
-    spec = importlib.util.find_spec("cutlass_library")
-    return Path(spec.origin).parent / "source/include" if spec else ""
 
 
 class CMakeBuild(build_ext):
@@ -54,7 +47,6 @@ class CMakeBuild(build_ext):
             "BACKPACK_CUDA_VERSION": VERSION,
             "BACKPACK_CUDA_TORCH_DIR": Path(torch.__file__).parent,
             "BACKPACK_CUDA_TORCH_BUILT": torch.__version__,
-            "BACKPACK_CUDA_CUTLASS_DIR": cutlass_include(),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "CMAKE_INSTALL_PREFIX": Path(self.get_ext_fullpath(OPERATORS)).resolve().parent,

@@ -15,8 +15,6 @@ std::string summary() {
 #else
   text += ", no CUDA kernels";
 #endif
-  const std::string cutlass = BACKPACK_CUDA_CUTLASS_VERSION;
-  text += cutlass.empty() ? ", no CUTLASS" : ", CUTLASS " + cutlass;
   return text + ", built with torch " BACKPACK_CUDA_TORCH_BUILT " for torch " BACKPACK_CUDA_TORCH_TARGET
                 " and later";
 }
@@ -26,10 +24,9 @@ std::string summary() {
 PYBIND11_MODULE(_build_info, m) {
   m.doc() = "What this build of backpack_cuda holds.";
   m.attr("with_cuda") = static_cast<bool>(BACKPACK_CUDA_BUILT_WITH_CUDA);
-  m.attr("cuda_archs") = BACKPACK_CUDA_ARCHS;                 // "80 90a-real", empty without CUDA
-  m.attr("cuda_version") = BACKPACK_CUDA_NVCC_VERSION;        // of nvcc, empty without CUDA
-  m.attr("cutlass_version") = BACKPACK_CUDA_CUTLASS_VERSION;  // empty when its headers were not found
-  m.attr("torch_built") = BACKPACK_CUDA_TORCH_BUILT;          // whose headers were compiled against
-  m.attr("torch_target") = BACKPACK_CUDA_TORCH_TARGET;        // the oldest torch that can load _C.so
+  m.attr("cuda_archs") = BACKPACK_CUDA_ARCHS;           // "80 90a-real", empty without CUDA
+  m.attr("cuda_version") = BACKPACK_CUDA_NVCC_VERSION;  // of nvcc, empty without CUDA
+  m.attr("torch_built") = BACKPACK_CUDA_TORCH_BUILT;    // whose headers were compiled against
+  m.attr("torch_target") = BACKPACK_CUDA_TORCH_TARGET;  // the oldest torch that can load _C.so
   m.def("summary", &summary, "All of it in one line.");
 }

@@ -1,8 +1,7 @@
 // One kernel source for two compilers. A kernel file includes this header and is then compiled
-//  * by nvcc, for the GPU: the header defines the three KERNEL_* macros and nothing else;
-//  * by a plain C++ compiler, for tests on machines without a GPU: csrc/harness supplies the device side of
-//  the
-//    language, the same macros among it, and executes it on the CPU.
+// by nvcc, for the GPU, where the header defines three KERNEL_* macros and little else; or by a plain C++
+// compiler, for tests on machines without a GPU, where csrc/harness supplies the device side of the language,
+// the same macros among it, and executes it on the CPU.
 #pragma once
 
 #include <cuda_runtime.h>

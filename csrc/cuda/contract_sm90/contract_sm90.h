@@ -13,20 +13,16 @@
 namespace backpack_cuda::cuda {
 
 // Whether this path was built, the current device has it (compute capability 9.0) and it can do the problem:
-//  * bfloat16 or float16, one group, kernel 1 without padding;
-//  * adjacent channels, one stride from position to position and, beyond a
-//  sample's positions, from sample to
-//    sample; strides that 16 bytes divide (so I and O are multiples of 8 where
-//    rows touch), aligned data.
+// bfloat16 or float16, one group, kernel 1 without padding; adjacent channels; one stride from position to
+// position and, beyond a sample's positions, from sample to sample; strides that 16 bytes divide (so I and O
+// are multiples of 8 where rows touch); aligned data.
 bool contract_sm90_applies(const OuterProblem& problem);
 
 struct ContractSm90Plan {
   int tiles_o, tiles_i;  // of 128 x 128
   int splits;            // of the samples, with partial sums in the workspace if above 1
-  // Parts of the workspace, in bytes from its begin. Bounds:
-  //   sums, squares: 64 KiB each per multiprocessor; nothing unless tiles alone
-  //   leave the chip idle norms:         4 N bytes per tile, nothing for one
-  //   tile
+  // Parts of the workspace, in bytes from its begin. Bounds: sums and squares 64 KiB each per multiprocessor,
+  // nothing unless tiles alone leave the chip idle; norms 4 N bytes per tile, nothing for one tile.
   int64_t norms_at, sums_at, squares_at;
   int64_t workspace_bytes;
 };

@@ -23,9 +23,8 @@
 //  * Instructions per position, chunk and unit, counted in the machine code: 44 for 3x3 (131 for three
 //    positions in the inner loop), about 60 for each of the two chunks of 5x5, 45 for each of the four of
 //    7x7, 80 for 3x3 with step 2, which has five elements to read per position, not two.
-//  * So 3x3 is bound by memory in float32 and reaches 80 to 90 % of its rate in 16 bits; 5x5 60 and 30 %, 7x7
-//  40
-//    and 20 %.
+//  * So 3x3 is bound by memory in float32 and reaches 80 to 90 % of its rate in 16 bits; 5x5 reaches 60 and
+//    30 %, 7x7 reaches 40 and 20 %.
 //  * Loads in flight: 768 threads per multiprocessor with three rows each, two new elements per row: 18 KB in
 //    float32, about what latency needs; half of that in 16 bits.
 //  * Planes of 7x7 in NCHW: a load of a warp touches four lines of L1, which then allows about 2.6 TB/s.
