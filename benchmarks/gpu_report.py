@@ -46,7 +46,7 @@ from gpu_tables import markdown
 from measure import Options, in_new_process, time_model
 from models import EVERY_CASE, GPU_CASES, SMALL_GPU_CASES
 from peers import EVERY_LIBRARY
-from run import commit, cpu_name
+from run import commit, cpu_name, names
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
@@ -296,15 +296,6 @@ PARTS = {"tests": run_tests, "sanitizer": run_sanitizer, "kernels": run_kernels,
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
-
-    def names(known):
-        def parse(text: str) -> list[str]:
-            unknown = [name for name in text.split(",") if name not in known]
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose from {', '.join(known)}")
-            return text.split(",")
-
-        return parse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for all files")

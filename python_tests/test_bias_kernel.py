@@ -1,7 +1,6 @@
 """The bias_stats kernels: their sources on the CPU-side harness, with planted faults, and through nvcc."""
 
 import re
-from pathlib import Path
 
 import pytest
 from harness_tools import (
@@ -16,11 +15,13 @@ from harness_tools import (
     Fault,
     FaultyLibraries,
     check_fault,
+    check_passes,
+    check_under_sanitizer,
     harness_build,
     needs_harness,
     needs_nvcc,
+    program,
     run_nvcc,
-    run_script,
 )
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -36,8 +37,7 @@ def build(dtypes=("float32",), **options):
     return harness_build.build(sources, defines=defines, **options)
 
 
-def run(library, dtype, size, *flags, **options):
-    return run_script(Path(__file__).with_name("bias_on_cpu.py"), library, dtype, size, *flags, **options)
+run = program("bias")
 
 
 @needs_harness
@@ -45,19 +45,15 @@ def run(library, dtype, size, *flags, **options):
 def test_bias(dtype):
     """Odd shapes, all kinds of strides, every choice of the plan, special values, accuracy of long sums."""
     library = build(DTYPES)
-    for seed in SEEDS if dtype == "float32" else SEEDS[:2]:
-        done = run(library, dtype, "full", CUDA_ON_CPU_SEED=seed)
-        assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
+    seeds = SEEDS if dtype == "float32" else SEEDS[:2]
+    check_passes(run, library, dtype, "full", seeds=seeds)
 
 
 @needs_harness
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bias_under_sanitizers(dtype, sanitizer):
-    """With several blocks at a time, for races between them, and buffers without slack."""
-    library = build(DTYPES, sanitizer=sanitizer)
-    done = run(library, dtype, "small", "--exact", sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_under_sanitizer(run, sanitizer, build(DTYPES, sanitizer=sanitizer), dtype, "small")
 
 
 def wrong(path, old, new):

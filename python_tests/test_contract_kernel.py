@@ -40,7 +40,7 @@ KERNEL, EPILOGUE, FRAGMENTS, TABLES, SLAB, LAUNCH, PLAN, JOIN = (
         "contract_join_parts.cu",
     )
 )
-MOMENTS = "cuda/common/moments.cuh"
+MOMENTS, REDUCE = "cuda/common/moments.cuh", "cuda/common/reduce.cuh"
 # Fewer instantiations, for libraries that see small tiles only.
 SMALL_TILE = (KERNEL, "if constexpr (kPrecision != ContractPrecision::kTf32x3) {", "if constexpr (false) {")
 
@@ -278,7 +278,7 @@ FAULTS = {
         "rows",
         wrong((KERNEL, "static_cast<int64_t>(n + s) * tiles + tile]", "static_cast<int64_t>(n + s) * tiles]")),
     ),
-    "a step of the warp's sum is missing": ("tf32", "rows", wrong((EPILOGUE, "lanes = 16;", "lanes = 8;"))),
+    "a step of the warp's sum is missing": ("tf32", "rows", wrong((REDUCE, "lanes = 16;", "lanes = 8;"))),
     # fragments
     "halves and rows of a fragment swapped": (
         "tf32",

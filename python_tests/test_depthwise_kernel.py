@@ -1,7 +1,5 @@
 """The depthwise_stats kernel: its sources on the CPU-side harness, with planted faults, and through nvcc."""
 
-from pathlib import Path
-
 import pytest
 from harness_tools import (
     ADDRESS,
@@ -14,9 +12,11 @@ from harness_tools import (
     Fault,
     FaultyLibraries,
     check_fault,
+    check_passes,
+    check_under_sanitizer,
     harness_build,
     needs_harness,
-    run_script,
+    program,
 )
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -31,8 +31,7 @@ def build(dtypes=("float32",), **options):
     return harness_build.build(sources, defines=defines, **options)
 
 
-def run(library, dtype, size, *flags, **options):
-    return run_script(Path(__file__).with_name("depthwise_on_cpu.py"), library, dtype, size, *flags, **options)
+run = program("depthwise")
 
 
 @needs_harness
@@ -40,17 +39,14 @@ def run(library, dtype, size, *flags, **options):
 def test_depthwise(dtype):
     """Odd shapes, all kinds of strides, every choice of the plan, special values."""
     library = build(DTYPES)
-    for seed in SEEDS if dtype == "float32" else SEEDS[:2]:
-        done = run(library, dtype, "full", CUDA_ON_CPU_SEED=seed)
-        assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
+    seeds = SEEDS if dtype == "float32" else SEEDS[:2]
+    check_passes(run, library, dtype, "full", seeds=seeds)
 
 
 @needs_harness
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 def test_depthwise_under_sanitizers(sanitizer):
-    """With several blocks at a time, for races between them, and buffers without slack."""
-    done = run(build(sanitizer=sanitizer), "float32", "small", "--exact", sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_under_sanitizer(run, sanitizer, build(sanitizer=sanitizer), "float32", "small")
 
 
 def wrong(path, old, new):
@@ -102,7 +98,7 @@ FAULTS = {
     ),
     "rows that no slot takes": wrong(
         PLAN,
-        "divide_up(problem.positions[1], plan.slots / plan.slots_w)",
+        "ceil_div(problem.positions[1], plan.slots / plan.slots_w)",
         "problem.positions[1] / (plan.slots / plan.slots_w)",
     ),
     "a shuffle step is missing": wrong(KERNEL, "bit < last_bit; bit *= 2", "bit < last_bit / 2; bit *= 2"),

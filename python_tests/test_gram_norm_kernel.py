@@ -1,7 +1,5 @@
 """The gram_norm kernel: its sources on the CPU-side harness, with planted faults, and through nvcc."""
 
-from pathlib import Path
-
 import pytest
 from harness_tools import (
     ADDRESS,
@@ -14,9 +12,11 @@ from harness_tools import (
     Fault,
     FaultyLibraries,
     check_fault,
+    check_passes,
+    check_under_sanitizer,
     harness_build,
     needs_harness,
-    run_script,
+    program,
 )
 
 PRECISIONS = ["tf32", "tf32x3", "bfloat16", "float16"]
@@ -31,8 +31,7 @@ def build_gram_norm(precision, **options):
     )
 
 
-def run_gram_norm(library, precision, size, *flags, **options):
-    return run_script(Path(__file__).with_name("gram_norm_on_cpu.py"), library, precision, size, *flags, **options)
+run_gram_norm = program("gram_norm")
 
 
 @needs_harness
@@ -41,11 +40,7 @@ def test_gram_norm(precision):
     """T from 1 to 70 and more, odd shapes, all tiles, splits, layouts; the same bits on every schedule."""
     library = build_gram_norm(precision)
     for size, seeds in (("small", SEEDS), ("full", [0])):
-        outputs = set()
-        for seed in seeds:
-            done = run_gram_norm(library, precision, size, CUDA_ON_CPU_SEED=seed)
-            assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
-            outputs.add(done.stdout)
+        outputs = check_passes(run_gram_norm, library, precision, size, seeds=seeds)
         assert len(outputs) == 1, outputs
 
 
@@ -53,10 +48,8 @@ def test_gram_norm(precision):
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("precision", ["tf32x3", "bfloat16"])
 def test_gram_norm_under_sanitizers(precision, sanitizer):
-    """With several blocks at a time, for races between them, and buffers without slack."""
     library = build_gram_norm(precision, sanitizer=sanitizer)
-    done = run_gram_norm(library, precision, "small", "--exact", sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_under_sanitizer(run_gram_norm, sanitizer, library, precision, "small")
 
 
 RING_BARRIER = "__syncthreads();  // this slab is there for all threads, and all have left the one that is refilled now"
@@ -184,13 +177,12 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faulty_libraries():
-    def build(fault):
-        return build_gram_norm(
-            precisions[id(fault)], sanitizer=fault.sanitizer, patches=[*fault.patches, NO_LARGE_TILE]
-        )
+    def build(entry):
+        precision, fault = entry
+        patches = [*fault.patches, NO_LARGE_TILE]
+        return build_gram_norm(precision, sanitizer=fault.sanitizer, patches=patches)
 
-    precisions = {id(fault): precision for precision, fault in FAULTS.values()}
-    return FaultyLibraries({name: fault for name, (_, fault) in FAULTS.items()}, build)
+    return FaultyLibraries(FAULTS, build)
 
 
 @needs_harness

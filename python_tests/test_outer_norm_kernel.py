@@ -1,7 +1,6 @@
 """The outer_norm kernel: its sources on the CPU-side harness, with planted faults, and through nvcc."""
 
 import re
-from pathlib import Path
 
 import pytest
 from harness_tools import (
@@ -17,11 +16,13 @@ from harness_tools import (
     Fault,
     FaultyLibraries,
     check_fault,
+    check_passes,
+    check_under_sanitizer,
     harness_build,
     needs_harness,
     needs_nvcc,
+    program,
     run_nvcc,
-    run_script,
 )
 
 OUTER_NORM = "cuda/outer_norm/outer_norm.cuh"
@@ -34,8 +35,7 @@ def build_outer_norm(dtype, **options):
     return harness_build.build(sources, defines=[f"-DLAUNCHER=outer_norm_{dtype}"], **options)
 
 
-def run_outer_norm(library, dtype, size, *flags, **options):
-    return run_script(Path(__file__).with_name("outer_norm_on_cpu.py"), library, dtype, size, *flags, **options)
+run_outer_norm = program("outer_norm")
 
 
 FEW_BLOCKS = (OUTER_NORM, "kOuterNormMaxBlocks = 1 << 16;", "kOuterNormMaxBlocks = 2;")
@@ -47,19 +47,15 @@ FEW_BLOCKS = (OUTER_NORM, "kOuterNormMaxBlocks = 1 << 16;", "kOuterNormMaxBlocks
 def test_outer_norm(dtype, patches):
     """Odd shapes, misaligned rows, all kinds of strides, special values; also with blocks that take many samples."""
     library = build_outer_norm(dtype, patches=patches)
-    for seed in SEEDS:
-        done = run_outer_norm(library, dtype, "full", CUDA_ON_CPU_SEED=seed)
-        assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
+    check_passes(run_outer_norm, library, dtype, "full")
 
 
 @needs_harness
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_outer_norm_under_sanitizers(dtype, sanitizer):
-    """With several blocks at a time, for races between them, and buffers without slack."""
     library = build_outer_norm(dtype, sanitizer=sanitizer, patches=[FEW_BLOCKS])
-    done = run_outer_norm(library, dtype, "small", "--exact", sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_under_sanitizer(run_outer_norm, sanitizer, library, dtype, "small")
 
 
 WRITE_PARTIAL = "partial[threadIdx.x / 32][v] = values[v];"

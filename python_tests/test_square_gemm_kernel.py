@@ -1,7 +1,5 @@
 """The square_gemm kernels: their sources on the CPU-side harness, with planted faults, and through nvcc."""
 
-from pathlib import Path
-
 import pytest
 from harness_tools import (
     ADDRESS,
@@ -15,9 +13,11 @@ from harness_tools import (
     Fault,
     FaultyLibraries,
     check_fault,
+    check_passes,
+    check_under_sanitizer,
     harness_build,
     needs_harness,
-    run_script,
+    program,
 )
 
 PRECISIONS = ["tf32", "tf32x3", "bfloat16", "float16"]
@@ -32,8 +32,7 @@ def build_square_gemm(precision, **options):
     )
 
 
-def run_square_gemm(library, precision, size, *flags, **options):
-    return run_script(Path(__file__).with_name("square_gemm_on_cpu.py"), library, precision, size, *flags, **options)
+run_square_gemm = program("square_gemm")
 
 
 @needs_harness
@@ -42,11 +41,7 @@ def test_square_gemm(precision):
     """Odd shapes, tiles, splits, layouts, subsets of results, means of all sizes; the same bits on every schedule."""
     library = build_square_gemm(precision)
     for size, seeds in (("small", SEEDS), ("full", [0])):
-        outputs = set()
-        for seed in seeds:
-            done = run_square_gemm(library, precision, size, CUDA_ON_CPU_SEED=seed)
-            assert done.returncode == 0, f"seed {seed}\n{done.stdout}{done.stderr}"
-            outputs.add(done.stdout)
+        outputs = check_passes(run_square_gemm, library, precision, size, seeds=seeds)
         assert len(outputs) == 1, outputs
 
 
@@ -54,10 +49,8 @@ def test_square_gemm(precision):
 @pytest.mark.parametrize("sanitizer", ["thread", "address"])
 @pytest.mark.parametrize("precision", ["tf32x3", "bfloat16"])
 def test_square_gemm_under_sanitizers(precision, sanitizer):
-    """With several blocks at a time, for races between them, and buffers without slack."""
     library = build_square_gemm(precision, sanitizer=sanitizer)
-    done = run_square_gemm(library, precision, "small", "--exact", sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_under_sanitizer(run_square_gemm, sanitizer, library, precision, "small")
 
 
 RING_BARRIER = "__syncthreads();  // this slab is there for all threads, and all have left the one that is refilled now"
@@ -211,12 +204,12 @@ FAULTS = {
 
 @pytest.fixture(scope="module")
 def faulty_libraries():
-    def build(fault):
+    def build(entry):
+        precision, fault = entry
         patches = [*fault.patches, NO_LARGE_TILE]
-        return build_square_gemm(precisions[id(fault)], sanitizer=fault.sanitizer, patches=patches)
+        return build_square_gemm(precision, sanitizer=fault.sanitizer, patches=patches)
 
-    precisions = {id(fault): precision for precision, fault in FAULTS.values()}
-    return FaultyLibraries({name: fault for name, (_, fault) in FAULTS.items()}, build)
+    return FaultyLibraries(FAULTS, build)
 
 
 @needs_harness

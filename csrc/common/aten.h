@@ -28,4 +28,11 @@ inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   call<3>("aten::mm", "out", {value(a), value(b), value(out)});
 }
 
+// out [O, I] = b^T a
+inline void transposed_product(Tensor b,         // [rows, O]
+                               const Tensor& a,  // [rows, I]
+                               const Tensor& out) {
+  mm_out(torch::stable::transpose(b, 0, 1), a, out);
+}
+
 }  // namespace backpack_cuda::aten

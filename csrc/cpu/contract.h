@@ -4,6 +4,7 @@
 #include <functional>
 #include <vector>
 
+#include "common/integers.h"
 #include "common/stats_tensors.h"
 #include "cpu/kernels.h"
 #include "cpu/storage.h"
@@ -17,9 +18,6 @@ constexpr int64_t kSlabBytes =
     4 << 20;  // packed operands of one sample; larger samples come in slabs of rows t
 constexpr int64_t kAccumulatorBytes =
     8 << 20;  // accumulators; more units are done in further passes over the operands
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A contraction G_n[o, k] = sum_t b[n, t, o] a[n, t, k], cut into units as ContractJob describes.
 template <class Acc>

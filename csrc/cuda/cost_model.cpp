@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "common/integers.h"
+
 namespace backpack_cuda::cuda {
 namespace {
 
@@ -13,10 +15,6 @@ constexpr double kBandwidth = 3e12;         // bytes per second
 constexpr double kLaneOperations = 2.9e13;  // float32 instructions per second, all lanes
 constexpr double kCachedLoads = 7e12;       // elements per second from the L1 caches, all lanes
 constexpr double kLaunch = 3e-6;            // seconds
-
-double round_up(double value, int multiple) {
-  return double((int64_t(value) + multiple - 1) / multiple * multiple);
-}
 
 double product_rate(const OuterProblem& p) {
   return p.element != Element::kFloat32 ? kHalfRate : p.tf32 ? kTf32Rate : kTf32x3Rate;
@@ -71,7 +69,7 @@ Cost separate_cost(const OuterProblem& p, const StatsOutputs& out) {
     if (p.T() >
         1) {  // gram_norm: tiles of both Gram matrices, upper triangle; several small samples share one
       const int edge = p.T() <= 32 ? 32 : p.T() <= 64 ? 64 : 128;
-      const double blocks = round_up(T, edge) / edge;
+      const double blocks = double(ceil_div(p.T(), edge));
       const double tiles = p.T() <= 16 ? 1. / (32 / p.T()) : blocks * (blocks + 1) / 2;
       cost.products += 2 * N * tiles * edge * edge * (I + O) / product_rate(p);
       cost.launches += 1;

@@ -1,9 +1,8 @@
-// Additive biases on CUDA: checks, then the kernel of csrc/cuda/bias.
+// Additive biases on CUDA.
 #include "cuda/bias/bias.h"
 
-#include "common/check.h"
 #include "common/operator_library.h"
-#include "common/stats_tensors.h"
+#include "ops/operators.h"
 #include "ops/outer_problem_of.h"
 #include "ops/outer_stats_cuda.h"
 
@@ -40,19 +39,13 @@ void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutpu
 
 namespace {
 
-FiveStats bias_grad_stats(const Tensor& grad_output, int64_t channel_dim, int64_t want) {
-  channel_dim = check_bias_operand(grad_output, channel_dim, want);
-  const CudaCall call(grad_output);
-  StatsTensors bias(grad_output, {grad_output.size(channel_dim)}, grad_output.size(0), want);
-  if (grad_output.numel() == 0) {
-    bias.fill_zero();
-  } else if (want) {
-    bias_stats(grad_output, channel_dim, outputs_of(bias, want), call);
-  }
-  return as_tuple(bias);
+void statistics(const Tensor& grad_output, int64_t channel_dim, int64_t want, const StatsTensors& bias) {
+  bias_stats(grad_output, channel_dim, outputs_of(bias, want), CudaCall(grad_output));
 }
 
 }  // namespace
 }  // namespace backpack_cuda::cuda
 
-CUDA_IMPLEMENTATIONS(m) { m.impl("bias_grad_stats", TORCH_BOX(&backpack_cuda::cuda::bias_grad_stats)); }
+CUDA_IMPLEMENTATIONS(m) {
+  m.impl("bias_grad_stats", TORCH_BOX(&backpack_cuda::bias_grad_stats<backpack_cuda::cuda::statistics>));
+}

@@ -14,12 +14,11 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "common/aten.h"
-#include "common/check.h"
 #include "cpu/bias.h"
 #include "cpu/contract.h"
 #include "cpu/options.h"
 #include "cpu/strided.h"
-#include "ops/sample_weights.h"
+#include "ops/operators.h"
 
 namespace backpack_cuda::cpu {
 namespace {
@@ -225,12 +224,12 @@ class Linear {
 
   void library_products(int64_t want) {
     const Tensor a = flat(input_), b = flat(grad_output_);
-    multiply(b, a, weight_.grad);
+    aten::transposed_product(b, a, weight_.grad);
     if (want == kGrad) return;
     // The last one that is wanted holds the sum of squares until it is centered.
     const Tensor& squares =
         want & kSumGradCenteredSquared ? weight_.sum_grad_centered_squared : weight_.sum_grad_squared;
-    multiply(aten::mul(b, b), aten::mul(a, a), squares);
+    aten::transposed_product(aten::mul(b, b), aten::mul(a, a), squares);
     if (!(want & kSumGradCenteredSquared)) return;
     const Acc* sum = static_cast<const Acc*>(weight_.grad.const_data_ptr());
     Acc* centered = static_cast<Acc*>(squares.mutable_data_ptr());
@@ -289,11 +288,6 @@ class Linear {
   // Detached [N, columns].
   static Tensor flat(const Tensor& tensor) {
     return torch::stable::reshape(aten::detach(tensor), {tensor.size(0), tensor.size(tensor.dim() - 1)});
-  }
-
-  // out = b^T a
-  static void multiply(Tensor b, const Tensor& a, const Tensor& out) {
-    aten::mm_out(torch::stable::transpose(b, 0, 1), a, out);
   }
 
   // Row (n, t) in Acc: in place where it lies so already, else in `scratch`.
@@ -374,41 +368,29 @@ class Linear {
   int64_t bias_done_ = 0;  // samples
 };
 
-TenStats linear_grad_stats(const Tensor& input, const Tensor& grad_output, int64_t weight_want,
-                           int64_t bias_want, bool /*tf32: of CUDA*/) {
-  check_linear_operands(input, grad_output);
-  check_want(weight_want, "weight_want");
-  check_want(bias_want, "bias_want");
-  const int64_t last = input.dim() - 1, N = input.size(0), I = input.size(last), O = grad_output.size(last);
-  StatsTensors weight(input, {O, I}, N, weight_want), bias(grad_output, {O}, N, bias_want);
-  if (zero_if_empty(input, grad_output, weight, bias, weight_want)) return as_tuple(weight, bias);
+void statistics(const Tensor& input, const Tensor& grad_output, int64_t weight_want, int64_t bias_want,
+                bool /*tf32: of CUDA*/, const StatsTensors& weight, const StatsTensors& bias) {
   if (input.scalar_type() == ScalarType::Double)
     Linear<double>(input, grad_output, weight_want, bias_want, weight, bias).compute();
   else
     Linear<float>(input, grad_output, weight_want, bias_want, weight, bias).compute();
-  return as_tuple(weight, bias);
 }
 
-Tensor linear_weighted_grad(const Tensor& input, const Tensor& grad_output, const Tensor& sample_weights,
-                            bool /*tf32: of CUDA*/) {
-  check_linear_operands(input, grad_output);
-  check_sample_weights(sample_weights, input);
-  const int64_t last = input.dim() - 1, N = input.size(0), I = input.size(last), O = grad_output.size(last);
-  int64_t want = kGrad;
-  StatsTensors weight(input, {O, I}, N, want), bias(grad_output, {O}, N, 0);
-  zero_if_empty(input, grad_output, weight, bias, want);
+void weighted_sum(const Tensor& input, const Tensor& grad_output, const Tensor& sample_weights,
+                  bool /*tf32: of CUDA*/, const StatsTensors& weight) {
+  const StatsTensors bias(grad_output, {}, 0, 0);
   const auto compute = [&]<class Acc>(Acc) {
     const std::vector<Acc> weights = values<Acc>(sample_weights);
     Linear<Acc>(input, grad_output, kGrad, 0, weight, bias, weights.data()).compute_weighted();
   };
-  if (want) input.scalar_type() == ScalarType::Double ? compute(double()) : compute(float());
-  return weight.grad;
+  input.scalar_type() == ScalarType::Double ? compute(double()) : compute(float());
 }
 
 }  // namespace
 }  // namespace backpack_cuda::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(backpack_cuda, CPU, m) {
-  m.impl("linear_grad_stats", TORCH_BOX(&backpack_cuda::cpu::linear_grad_stats));
-  m.impl("linear_weighted_grad", TORCH_BOX(&backpack_cuda::cpu::linear_weighted_grad));
+  m.impl("linear_grad_stats", TORCH_BOX(&backpack_cuda::linear_grad_stats<backpack_cuda::cpu::statistics>));
+  m.impl("linear_weighted_grad",
+         TORCH_BOX(&backpack_cuda::linear_weighted_grad<backpack_cuda::cpu::weighted_sum>));
 }

@@ -36,14 +36,14 @@ inline int as_int(int64_t value, const char* what) {
   return int(value);
 }
 
-// The results' memory; null where they are not wanted.
-inline StatsOutputs outputs_of(const StatsTensors& p, int64_t want) {
+// The results' memory; null where they are not wanted. weights: contiguous [N], of a weighted sum.
+inline StatsOutputs outputs_of(const StatsTensors& p, int64_t want, const Tensor* weights = nullptr) {
   return {data_or_null(p.grad, want & kGrad),
           data_or_null(p.batch_grad, want & kBatchGrad),
           data_or_null<float>(p.batch_l2, want & kBatchL2),
           data_or_null<float>(p.sum_grad_squared, want & kSumGradSquared),
           data_or_null<float>(p.sum_grad_centered_squared, want & kSumGradCenteredSquared),
-          nullptr};
+          weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
 }
 
 // A Linear layer as a convolution with kernel 1 over its middle dims. Where these do not merge to three, the

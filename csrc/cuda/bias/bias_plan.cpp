@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <initializer_list>
 
+#include "common/integers.h"
 #include "cuda/bias/bias.h"
 
 namespace backpack_cuda::cuda {
@@ -14,21 +15,13 @@ constexpr int kFewPositions = 8;  // up to which one thread takes all of them
 constexpr int64_t kMaxPartialBytes = int64_t{16} << 20;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int power_of_two_from(int64_t x) {
-  int power = 1;
-  while (power < x && power < (1 << 30)) power *= 2;
-  return power;
-}
-
 int64_t square_root(int64_t x) { return static_cast<int64_t>(std::sqrt(static_cast<double>(x))); }
 
 // So many splits of the samples that all blocks run at once, or, when the blocks of one split are more than
 // the chip holds, so many that the last wave hardly counts.
 int64_t splits_for(int64_t blocks_at_once, int64_t blocks) {
   if (blocks <= blocks_at_once) return blocks_at_once / blocks;
-  return divide_up(4 * blocks_at_once, blocks);
+  return ceil_div(4 * blocks_at_once, blocks);
 }
 
 // Of the 32-byte sectors of memory, how many a load of a warp touches at `stride` elements between lanes.
@@ -78,7 +71,7 @@ BiasPass plan_pass(const BiasProblem& problem, int64_t samples, int64_t T, const
   }
   pass.units = std::min(kMaxBiasThreads / pass.slots, power_of_two_from(units));
   while (pass.slots * pass.units < kWarp) pass.units *= 2;
-  pass.unit_blocks = static_cast<int>(divide_up(units, pass.units));
+  pass.unit_blocks = static_cast<int>(ceil_div(units, pass.units));
 
   const bool sums = outputs.grad || outputs.sum_grad_centered_squared, squares = outputs.squares();
   const int64_t split_bytes = int64_t{problem.O} * 4 * (int{sums} + int{squares});
@@ -136,16 +129,16 @@ BiasPlan plan_bias(const BiasProblem& given, const StatsOutputs& outputs, int sm
   const int64_t T = problem.T(), blocks = problem.N * plan.first.unit_blocks;
   int64_t t_splits = 1;
   if (2 * blocks < sm_count) {
-    t_splits = std::min(divide_up(4 * int64_t{sm_count}, blocks), T / (32 * int64_t{plan.first.slots}));
+    t_splits = std::min(ceil_div(4 * int64_t{sm_count}, blocks), T / (32 * int64_t{plan.first.slots}));
   }
   if (options.t_splits) t_splits = options.t_splits;
   t_splits = std::max<int64_t>(
-      1, std::min({t_splits, divide_up(T, 8), kMaxPartialBytes / (4 * problem.N * problem.O)}));
+      1, std::min({t_splits, ceil_div(T, 8), kMaxPartialBytes / (4 * problem.N * problem.O)}));
   plan.t_splits = static_cast<int>(t_splits);
   if (t_splits > 1) {
     StatsOutputs parts = {};
     parts.batch_grad = &plan;  // any address: wanted
-    const int64_t samples = problem.N * t_splits, part = divide_up(T, t_splits);
+    const int64_t samples = problem.N * t_splits, part = ceil_div(T, t_splits);
     plan.first = plan_pass(problem, samples, part, parts, sm_count, samples);
     plan.second = plan_pass(second_problem(problem, plan.t_splits, nullptr), problem.N, t_splits, outputs,
                             sm_count, options.splits);

@@ -2,7 +2,7 @@
 // shared memory, and only every 32 samples the block meets to add them.
 #pragma once
 
-#include "cuda/common/kernel.h"
+#include "cuda/common/reduce.cuh"
 
 namespace backpack_cuda::cuda {
 
@@ -13,8 +13,7 @@ struct NormWindow {
 
   // Adds over the warp; all of its threads must call it, in order of the samples.
   __device__ __forceinline__ void add(int64_t sample, float share) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) share += __shfl_xor_sync(0xffffffffu, share, lanes);
+    share = sum_over_warp(share);
     if (threadIdx.x % 32 == 0) shares[sample % kSamples][threadIdx.x / 32] = share;
   }
 

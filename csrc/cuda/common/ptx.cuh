@@ -1,4 +1,5 @@
-// Thin wrappers over the PTX of sm_80 and up that the tensor-core kernels use; no other file holds asm.
+// Thin wrappers over the PTX of sm_80 and up that the tensor-core kernels use. (That of sm_90a alone:
+// contract_sm90/ptx_sm90.cuh.)
 #pragma once
 
 #include <cuda_bf16.h>

@@ -5,18 +5,21 @@
 
 namespace backpack_cuda::cuda {
 
+// The sum of value over the warp's lanes, in every lane. All 32 must call it.
+template <class Sum>
+__device__ __forceinline__ Sum sum_over_warp(Sum value) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+  return value;
+}
+
 // Replaces values[v] of every thread by the sum over kThreads threads: one warp, or one whole block of more.
 // All of them must call it.
 template <int kThreads, int kValues, class Sum>
 __device__ __forceinline__ void sum_over_threads(Sum (&values)[kValues]) {
   static_assert(kThreads % 32 == 0 && kThreads <= 1024);
 #pragma unroll
-  for (int v = 0; v < kValues; ++v) {
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-      values[v] += __shfl_xor_sync(0xffffffffu, values[v], lanes);
-    }
-  }
+  for (int v = 0; v < kValues; ++v) values[v] = sum_over_warp(values[v]);
   if constexpr (kThreads > 32) {
     constexpr int kWarps = kThreads / 32;
     KERNEL_SHARED(partial, Sum[kWarps][kValues]);

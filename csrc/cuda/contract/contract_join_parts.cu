@@ -4,6 +4,7 @@
 
 #include "cuda/common/cuda_check.h"
 #include "cuda/common/moments.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/contract/contract_params.h"
 
 namespace backpack_cuda::cuda {
@@ -30,9 +31,7 @@ __global__ void __launch_bounds__(kThreads)
       if (params.batch_grad) static_cast<T*>(params.batch_grad)[n * count + element] = static_cast<T>(g);
     }
     if (params.norms) {
-      float norm = g * g;
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) norm += __shfl_xor_sync(0xffffffffu, norm, lanes);
+      const float norm = sum_over_warp(g * g);
       if (threadIdx.x % 32 == 0 && exists) params.norms[n * columns + element / 32] = norm;
     }
     if (params.centered) {

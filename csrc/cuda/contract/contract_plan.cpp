@@ -2,14 +2,13 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/integers.h"
 #include "cuda/contract/contract.h"
 
 namespace backpack_cuda::cuda {
 namespace {
 
 constexpr int kDims = 3;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 bool divides(int64_t bytes, int64_t value) { return value % bytes == 0; }
 bool divides(int64_t bytes, const void* address) { return reinterpret_cast<uintptr_t>(address) % bytes == 0; }
@@ -152,7 +151,7 @@ int64_t choose_t_splits(const OuterProblem& p, int64_t tiles, int64_t places, in
   return std::max<int64_t>(1, std::min(places / (tiles * p.N), p.T() / (int64_t{8} * slab_rows)));
 }
 
-int64_t aligned_bytes(int64_t floats) { return ceil_div(floats * 4, 256) * 256; }
+int64_t aligned_bytes(int64_t floats) { return round_up(floats * 4, 256); }
 
 }  // namespace
 
@@ -171,7 +170,7 @@ ContractPlan plan_contract(const OuterProblem& p, const StatsOutputs& outputs, i
   const int64_t count = int64_t{p.groups} * p.O * p.I();
 
   plan.t_splits = static_cast<int>(choose_t_splits(p, tiles, places, slab_rows, options.t_splits));
-  plan.t_per_split = static_cast<int>(ceil_div(ceil_div(p.T(), plan.t_splits), slab_rows) * slab_rows);
+  plan.t_per_split = static_cast<int>(round_up(ceil_div(p.T(), plan.t_splits), slab_rows));
   plan.t_splits = static_cast<int>(ceil_div(p.T(), plan.t_per_split));  // rounding up may leave fewer
   const bool parts = plan.t_splits > 1;
   plan.squares = !parts && outputs.squares();

@@ -3,6 +3,7 @@
 
 #include "cuda/common/moments.cuh"
 #include "cuda/common/ptx.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/contract/slab.cuh"
 
 namespace backpack_cuda::cuda {
@@ -84,9 +85,7 @@ class Epilogue {
     if (params_.norms) {  // zeros past the edge add nothing
       float parts[4] = {};
       each([&](int m, int c, int r) { parts[r] = fmaf(g[m][c][r], g[m][c][r], parts[r]); });
-      float total = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+      const float total = sum_over_warp((parts[0] + parts[1]) + (parts[2] + parts[3]));
       if (threadIdx.x % 32 == 0) *norm = total;
     }
     if (params_.batch_grad) {

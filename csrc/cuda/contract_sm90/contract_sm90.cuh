@@ -9,6 +9,7 @@
 
 #include "cuda/common/cuda_check.h"
 #include "cuda/common/moments.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/contract_sm90/contract_sm90_params.h"
 #include "cuda/contract_sm90/ptx_sm90.cuh"
 
@@ -125,10 +126,7 @@ __device__ __forceinline__ float norm_of(const float (&g)[64], const Place& plac
       if (place.inside(r)) parts[r % 4] = fmaf(g[r], g[r], parts[r % 4]);
     }
   }
-  float total = (parts[0] + parts[1]) + (parts[2] + parts[3]);
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
-  return total;
+  return sum_over_warp((parts[0] + parts[1]) + (parts[2] + parts[3]));
 }
 
 // Two warpgroups. `thread` counts from 0 over both.

@@ -1,6 +1,7 @@
 // What the path for Hopper can do, and how its work is cut.
 #include <algorithm>
 
+#include "common/integers.h"
 #include "cuda/contract_sm90/contract_sm90.h"
 #include "cuda/contract_sm90/contract_sm90_params.h"
 #include "cuda/contract_sm90/dense_rows.h"
@@ -12,8 +13,6 @@ constexpr int kDims = 3;
 // Coordinates are 32-bit and step past the end, strides have 40 bits of bytes.
 constexpr int64_t kMaxExtent = int64_t{1} << 30, kMaxStrideBytes = int64_t{1} << 40;
 constexpr int64_t kMinSlabsPerSplit = 4;  // the ring should fill at least once
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // One stride for all positions, or -1.
 int64_t stride_of_positions(const int (&positions)[kDims], const int64_t (&strides)[kDims]) {
@@ -35,7 +34,7 @@ int64_t stride_of_positions(const int (&positions)[kDims], const int64_t (&strid
 bool make_dense_rows(const Operand& operand, int channels, int64_t T, int64_t stride_t, int64_t N,
                      DenseRows* rows) {
   constexpr int64_t kElements = 16 / 2;  // of 16 bytes
-  const int64_t row = ceil_div(channels, kElements) * kElements;
+  const int64_t row = round_up(channels, kElements);
   *rows = {operand.data, N, T, channels, N > 1 ? operand.stride_n : 0, T > 1 ? stride_t : row};
   if (N == 1) rows->stride_n = T * rows->stride_t;
   return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 && (channels == 1 || operand.stride_c == 1) &&
@@ -77,7 +76,7 @@ ContractSm90Plan plan_contract_sm90(const OuterProblem& p, const StatsOutputs& o
   int64_t end = 0;
   const auto reserve = [&end](int64_t floats) {
     const int64_t begin = end;
-    end += ceil_div(floats * 4, 256) * 256;
+    end += round_up(floats * 4, 256);
     return begin;
   };
   const bool partial = plan.splits > 1;

@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <initializer_list>
 
+#include "common/integers.h"
 #include "cuda/depthwise/depthwise.h"
 
 namespace backpack_cuda::cuda {
@@ -12,14 +13,6 @@ constexpr int kFewestSlots = 4;  // so that a block's elements take at most 46 K
 constexpr int kWarp = 32;
 constexpr int64_t kMaxPartialBytes = int64_t{32} << 20;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int power_of_two_from(int64_t x) {
-  int power = 1;
-  while (power < x && power < (1 << 30)) power *= 2;
-  return power;
-}
 
 void choose_box(const OuterProblem& problem, DepthwisePlan& plan) {
   const int* const kernel = problem.kernel;
@@ -42,8 +35,8 @@ void choose_box(const OuterProblem& problem, DepthwisePlan& plan) {
   plan.box_rows = rows;
   plan.box_columns = columns;
   plan.chunks[0] = kernel[0];
-  plan.chunks[1] = static_cast<int>(divide_up(kernel[1], rows));
-  plan.chunks[2] = static_cast<int>(divide_up(kernel[2], columns));
+  plan.chunks[1] = static_cast<int>(ceil_div(kernel[1], rows));
+  plan.chunks[2] = static_cast<int>(ceil_div(kernel[2], columns));
   plan.chunk_count = plan.chunks[0] * plan.chunks[1] * plan.chunks[2];
 }
 
@@ -55,7 +48,7 @@ int64_t sectors(int64_t stride, int size) {
 // The positions below each other at which a slot starts are `strip` rows apart.
 void arrange_slots(const OuterProblem& problem, DepthwisePlan& plan) {
   plan.slots_w = std::min(plan.slots, power_of_two_from(problem.positions[2]));
-  plan.strip = static_cast<int>(divide_up(problem.positions[1], plan.slots / plan.slots_w));
+  plan.strip = static_cast<int>(ceil_div(problem.positions[1], plan.slots / plan.slots_w));
 }
 
 }  // namespace
@@ -98,9 +91,9 @@ DepthwisePlan plan_depthwise(const OuterProblem& problem, const StatsOutputs& ou
   while (plan.slots * plan.units < kWarp) (plan.lanes_along_units ? plan.slots : plan.units) *= 2;
   arrange_slots(problem, plan);
   const int most_chunks = std::max(1, kMaxDepthwiseThreads / (plan.slots * plan.units));
-  plan.chunk_blocks = static_cast<int>(divide_up(plan.chunk_count, most_chunks));
-  plan.chunks_per_block = static_cast<int>(divide_up(plan.chunk_count, plan.chunk_blocks));
-  plan.unit_blocks = static_cast<int>(divide_up(units, plan.units));
+  plan.chunk_blocks = static_cast<int>(ceil_div(plan.chunk_count, most_chunks));
+  plan.chunks_per_block = static_cast<int>(ceil_div(plan.chunk_count, plan.chunk_blocks));
+  plan.unit_blocks = static_cast<int>(ceil_div(units, plan.units));
 
   // So many splits of the samples that all blocks run at once, or, when those of one split are more than the
   // chip holds, so many that the last wave hardly counts. One sample's positions are never split further: up
@@ -111,7 +104,7 @@ DepthwisePlan plan_depthwise(const OuterProblem& problem, const StatsOutputs& ou
   const int64_t split_bytes = count * 4 * (int{sums} + int{squares});
   const int64_t blocks = int64_t{plan.unit_blocks} * plan.chunk_blocks;
   const int64_t blocks_at_once = int64_t{sm_count} * 3 * 256 / plan.threads();
-  int64_t splits = blocks <= blocks_at_once ? blocks_at_once / blocks : divide_up(4 * blocks_at_once, blocks);
+  int64_t splits = blocks <= blocks_at_once ? blocks_at_once / blocks : ceil_div(4 * blocks_at_once, blocks);
   if (split_bytes) splits = std::min(splits, kMaxPartialBytes / split_bytes);
   if (options.splits) splits = options.splits;
   splits = std::max<int64_t>(1, std::min({splits, problem.N, kMaxBlocks / blocks}));

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/integers.h"
 #include "cuda/gram_norm/gram_norm.h"
 
 namespace backpack_cuda::cuda {
@@ -9,8 +10,7 @@ namespace {
 
 constexpr int kSlabBytes = 128;  // of one row
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+int64_t align(int64_t bytes) { return round_up(bytes, 256); }
 
 // Blocks per multiprocessor, as the kernels' registers and shared memory allow (gram_norm.cuh).
 int blocks_per_multiprocessor(int tile) { return tile == 128 ? 1 : tile == 64 ? 3 : 6; }

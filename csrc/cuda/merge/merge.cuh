@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 
 #include "cuda/common/moments.cuh"
+#include "cuda/common/reduce.cuh"
 #include "cuda/merge/merge.h"
 
 namespace backpack_cuda::cuda {
@@ -23,8 +24,7 @@ static __global__ void __launch_bounds__(32 * kSumRowsPerBlock)
     float total = 0;
 #pragma unroll 4
     for (int64_t c = lane; c < columns; c += 32) total += partial[row * columns + c];
-#pragma unroll
-    for (int lanes = 16; lanes > 0; lanes /= 2) total += __shfl_xor_sync(0xffffffffu, total, lanes);
+    total = sum_over_warp(total);
     if (lane == 0) out[row] = total;
   }
 }

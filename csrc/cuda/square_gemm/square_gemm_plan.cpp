@@ -2,13 +2,13 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "common/integers.h"
 #include "cuda/square_gemm/square_gemm.h"
 
 namespace backpack_cuda::cuda {
 namespace {
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t align(int64_t bytes) { return ceil_div(bytes, 256) * 256; }
+int64_t align(int64_t bytes) { return round_up(bytes, 256); }
 
 int copy_bytes(const SquareOperand& x, const SquareGemmParams& p, int columns) {
   const int size = element_size(p.element);
