@@ -10,7 +10,6 @@ from harness_tools import (
     RACE,
     REPORTED,
     ROOT,
-    SEEDS,
     THREAD,
     WRONG,
     Fault,
