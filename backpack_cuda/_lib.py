@@ -55,5 +55,6 @@ def require(operator: str, device_type: str) -> None:
 def has_kernel(operator: str, device_type: str) -> bool:
     """Whether `operator` has a kernel for tensors on `device_type` ("cpu", "cuda", ...)."""
     operators()
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"backpack_cuda::{operator}", key)
+    key, name = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type), f"backpack_cuda::{operator}"
+    known = key is not None and torch._C._dispatch_has_kernel(name)  # an older library may lack the operator
+    return known and torch._C._dispatch_has_kernel_for_dispatch_key(name, key)

@@ -12,7 +12,8 @@ name in `want`       shape          value
 "sum_grad_squared"   [*weight]      sum_n G_n^2, entry by entry
 ==================== ============== ===========================================
 
-and each `*_weighted_grad` call sum_n weights[n] G_n.
+and each `*_weighted_grad` call sum_n weights[n] G_n. The `*_kron_factor` calls take one operand and sum its outer
+products with itself.
 
 Nothing is rescaled: with a mean-reduced loss, grad_output (and so G_n) contains the factor 1/N.
 
@@ -44,6 +45,7 @@ from backpack_cuda.ops.grad_stats import (
     linear_grad_stats,
     outer_norm,
 )
+from backpack_cuda.ops.kron_factor import conv_kron_factor, conv_transpose_kron_factor, linear_kron_factor
 from backpack_cuda.ops.weighted_grad import (
     bias_weighted_grad,
     conv_transpose_weighted_grad,
@@ -56,10 +58,13 @@ __all__ = [
     "bias_grad_stats",
     "bias_weighted_grad",
     "conv_grad_stats",
+    "conv_kron_factor",
     "conv_transpose_grad_stats",
+    "conv_transpose_kron_factor",
     "conv_transpose_weighted_grad",
     "conv_weighted_grad",
     "linear_grad_stats",
+    "linear_kron_factor",
     "linear_weighted_grad",
     "outer_norm",
 ]

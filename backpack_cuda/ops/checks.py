@@ -1,7 +1,8 @@
 """Checks of the low-level calls' arguments; every message names the argument, what was expected and what came."""
 
+import math
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -92,24 +93,8 @@ def _sizes(name: str, value, dims: int, least: int) -> tuple[int, ...]:
     return tuple(int(v) for v in values)
 
 
-def conv_operands(
-    input, grad_output, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
-) -> ConvGeometry:
-    """input [N, C, *] and grad_output [N, O, *] of a (transposed) convolution; returns its geometry."""
-    operands(input, grad_output)
-    dims = input.dim() - 2
-    if dims not in (1, 2, 3):
-        raise ValueError(f"input: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], {_shapes(input, grad_output)}")
-    if grad_output.dim() != input.dim():
-        raise ValueError(f"grad_output: expected the rank of input, {_shapes(input, grad_output)}")
-    if isinstance(groups, bool) or not isinstance(groups, Integral):
-        raise TypeError(f"groups: expected an int, got {groups!r}")
-    channels, out_channels = input.shape[1], grad_output.shape[1]
-    if groups < 1 or channels % groups or out_channels % groups:
-        raise ValueError(
-            f"groups: expected a positive divisor of the channels {channels} of input and {out_channels} of "
-            f"grad_output, got {groups}"
-        )
+def _geometry(dims, kernel_size, stride, padding, dilation, groups, transposed, output_padding) -> ConvGeometry:
+    """The checked sizes of a (transposed) convolution in `dims` dimensions."""
     geometry = ConvGeometry(
         kernel_size=_sizes("kernel_size", kernel_size, dims, 1),
         stride=_sizes("stride", stride, dims, 1),
@@ -126,6 +111,32 @@ def conv_operands(
             f"output_padding: expected numbers below the larger of stride {geometry.stride} and dilation "
             f"{geometry.dilation}, got {output_padding!r}"
         )
+    return geometry
+
+
+def _group_count(groups) -> None:
+    if isinstance(groups, bool) or not isinstance(groups, Integral):
+        raise TypeError(f"groups: expected an int, got {groups!r}")
+
+
+def conv_operands(
+    input, grad_output, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
+) -> ConvGeometry:
+    """input [N, C, *] and grad_output [N, O, *] of a (transposed) convolution; returns its geometry."""
+    operands(input, grad_output)
+    dims = input.dim() - 2
+    if dims not in (1, 2, 3):
+        raise ValueError(f"input: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], {_shapes(input, grad_output)}")
+    if grad_output.dim() != input.dim():
+        raise ValueError(f"grad_output: expected the rank of input, {_shapes(input, grad_output)}")
+    _group_count(groups)
+    channels, out_channels = input.shape[1], grad_output.shape[1]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a positive divisor of the channels {channels} of input and {out_channels} of "
+            f"grad_output, got {groups}"
+        )
+    geometry = _geometry(dims, kernel_size, stride, padding, dilation, groups, transposed, output_padding)
     if input.shape[0] != grad_output.shape[0]:
         raise ValueError(f"grad_output: expected the batch size of input, {_shapes(input, grad_output)}")
     expected = geometry.output_size(tuple(input.shape[2:]))
@@ -170,3 +181,66 @@ def channel_dim(grad_output, dim) -> int:
             f"dimension 0, got {dim}"
         )
     return int(dim) % rank
+
+
+def conv_input(
+    x, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
+) -> tuple[ConvGeometry, tuple[int, ...]]:
+    """x [N, C, *] of a (transposed) convolution; returns its geometry and the spatial size of its output."""
+    tensor("x", x)
+    dims = x.dim() - 2
+    if dims not in (1, 2, 3):
+        raise ValueError(f"x: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], got {list(x.shape)}")
+    _group_count(groups)
+    if groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"groups: expected a positive divisor of the channels {x.shape[1]} of x, got {groups}")
+    geometry = _geometry(dims, kernel_size, stride, padding, dilation, groups, transposed, output_padding)
+    positions = geometry.output_size(tuple(x.shape[2:]))
+    if any(size < 0 for size in positions):
+        raise ValueError(
+            f"x: expected a spatial size that kernel_size {geometry.kernel_size}, dilation {geometry.dilation} and "
+            f"padding {geometry.padding} fit, got {list(x.shape)}"
+        )
+    return geometry, positions
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r}")
+
+
+def _finite(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a real number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+
+
+def running_average(x: Tensor, shape: tuple[int, ...], scale, out, decay) -> None:
+    """scale and decay of a sum that is added to out, of this shape, in the type of the statistics of x."""
+    _finite("scale", scale)
+    _finite("decay", decay)
+    if out is None:
+        if decay:
+            raise ValueError(f"decay: expected 0 without out, got {decay!r}")
+        return
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out: expected a Tensor or None, got {type(out).__name__}")
+    dtype = statistics_dtype(x.dtype)
+    if out.dtype != dtype:
+        raise TypeError(f"out: expected {dtype} for x of {x.dtype}, got {out.dtype}")
+    if out.layout != torch.strided:
+        raise NotImplementedError(f"out: expected a dense (strided) tensor, got layout {out.layout}")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"out: expected shape {list(shape)} for x {list(x.shape)}, got {list(out.shape)}")
+    if out.device != x.device:
+        raise ValueError(f"out: expected the device {x.device} of x, got {out.device}")
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        name = "out" if out.requires_grad else "x"
+        raise ValueError(f"out: expected None or operands that do not require grad, got {name} that requires grad")
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._overlaps(out, x):
+        raise ValueError("out: expected memory apart from that of x, got tensors that overlap")
+    if torch._debug_has_internal_overlap(out) == 1:
+        raise ValueError(f"out: expected one place in memory per entry, got strides {list(out.stride())}")

@@ -64,13 +64,23 @@ def bias(grad_output: Tensor, channel_dim: int, want: int) -> Stats:
 
 
 def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -> Tensor:
-    """Windows of image [N, C, *size] that the kernel sees, [N, C, *positions, *kernel]: a view of the padded image."""
-    padding = [p for size in reversed(geometry.padding) for p in (size, size)]
-    windows = F.pad(image, padding) if any(padding) else image
-    for dim, (window, stride, dilation, count) in enumerate(
-        zip(geometry.window(), geometry.stride, geometry.dilation, positions, strict=True), start=2
+    """Windows of image [N, C, *size] that the kernel sees, [N, C, *positions, *kernel]: a view of the padded image.
+
+    Any number of positions, at least one in each dimension, and any padding: outside of the image are zeros.
+    """
+    extents = [(count - 1) * s + w for count, s, w in zip(positions, geometry.stride, geometry.window(), strict=True)]
+    margins = []
+    for dim, (extent, padding) in enumerate(zip(extents, geometry.padding, strict=True), start=2):
+        begin = min(max(-padding, 0), image.shape[dim])  # the part of the image that windows see, [begin, end)
+        end = max(min(extent - padding, image.shape[dim]), begin)
+        image = image.narrow(dim, begin, end - begin)
+        before = min(padding + begin, extent) if end > begin else extent
+        margins[:0] = (before, extent - before - (end - begin))
+    windows = F.pad(image, margins) if any(margins) else image
+    for dim, (window, stride, dilation) in enumerate(
+        zip(geometry.window(), geometry.stride, geometry.dilation, strict=True), start=2
     ):
-        windows = windows.unfold(dim, window, stride).narrow(dim, 0, count)[..., ::dilation]
+        windows = windows.unfold(dim, window, stride)[..., ::dilation]
     return windows
 
 
@@ -146,3 +156,59 @@ def bias_weighted_grad(grad_output: Tensor, weights: Tensor, channel_dim: int) -
     positions = [d for d in range(1, grad_output.dim()) if d != channel_dim % grad_output.dim()]
     rows = grad_output.sum(positions, dtype=weights.dtype) if positions else grad_output.to(weights.dtype)  # [N, O]
     return (rows * weights[:, None]).sum(0).to(grad_output.dtype)
+
+
+# --- Kronecker factors. ---
+
+
+def _second_moment(rows: Tensor, homogeneous: bool) -> Tensor:
+    """sum_r x_r x_r^T over the last but one dimension of rows [*, R, D]; [*, D', D']."""
+    rows = F.pad(rows, (0, 1), value=1.0) if homogeneous else rows
+    return rows.mT @ rows
+
+
+def _mirrored(product: Tensor) -> Tensor:
+    """The upper triangle of [*, D, D] on both sides: a matrix product need not be symmetric to the last bit."""
+    return product.triu() + product.triu(1).mT
+
+
+def linear_kron_factor(x: Tensor, homogeneous: bool = False) -> Tensor:
+    """sum_r x_r x_r^T over the rows of x [*, D]; [D', D']."""
+    rows = x.to(statistics_dtype(x.dtype)).reshape(prod(x.shape[:-1]), x.shape[-1])
+    return _mirrored(_second_moment(rows, homogeneous))
+
+
+def conv_kron_factor(
+    x: Tensor, geometry: ConvGeometry, positions: tuple[int, ...], homogeneous: bool = False
+) -> Tensor:
+    """sum_np a_np a_np^T over the patches of x [N, C, *], [groups, D', D']."""
+    n, g, t, k = len(x), geometry.groups, prod(positions), prod(geometry.kernel_size)
+    c = x.shape[1] // g
+    size = c * k + homogeneous
+    factor = x.new_zeros((g, size, size), dtype=statistics_dtype(x.dtype))
+    if n == 0 or t == 0:
+        return factor
+    for chunk in _sample_chunks(n, x.shape[1] * t * k, whole=torch.is_grad_enabled()):
+        windows = patches(x[chunk].to(factor.dtype), geometry, positions)
+        rows = windows.reshape(-1, g, c, t, k).permute(1, 0, 3, 2, 4).reshape(g, -1, c * k)  # [g, N_c * T, D]
+        factor = factor + _second_moment(rows, homogeneous)
+    return _mirrored(factor)
+
+
+def conv_of_transposed(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
+    """An image and a convolution with the patches of a transposed convolution, position by position in reverse.
+
+    Zeros between the pixels take the place of the stride. The kernel of that convolution is flipped; flipping the
+    image instead reverses the order of the positions, over which a Kronecker factor sums.
+    """
+    sizes = zip(x.shape[2:], geometry.stride, strict=True)
+    image = x.new_zeros(*x.shape[:2], *(max((size - 1) * stride + 1, 0) for size, stride in sizes))
+    image[(..., *(slice(None, None, stride) for stride in geometry.stride))] = x.flip(*range(2, x.dim()))
+    margins = zip(geometry.window(), geometry.padding, geometry.output_padding, strict=True)
+    return image, ConvGeometry(
+        geometry.kernel_size,
+        stride=(1,) * len(geometry.stride),
+        padding=tuple(window - 1 - padding + extra for window, padding, extra in margins),
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+    )

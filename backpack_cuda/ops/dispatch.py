@@ -10,7 +10,7 @@ from backpack_cuda import _lib
 from backpack_cuda.autocast import without_autocast
 from backpack_cuda.ops import composite, library
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import Stats, Want
+from backpack_cuda.stats import Stats, Want, statistics_dtype
 
 
 def _composite_needed(*operands: Tensor) -> bool:
@@ -114,3 +114,63 @@ def conv_weighted_grad(geometry: ConvGeometry, input: Tensor, grad_output: Tenso
         return operator(input, grad_output, weights.contiguous(), *sizes, _tf32(input))
     with without_autocast(input.device.type):
         return composite.conv_weighted_grad(geometry, input, grad_output, weights)
+
+
+def _running_average(shape: tuple[int, ...], x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Where to put a Kronecker factor: the result, and a contiguous tensor for the kernel to write."""
+    if out is None:
+        out = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+    return out, out.contiguous()
+
+
+def _merged(factor: Tensor, scale: float, out: Tensor | None, decay: float) -> Tensor:
+    """decay * out + scale * factor, in out if there is one."""
+    factor = factor if scale == 1 else factor * scale
+    if out is None:
+        return factor
+    return out.copy_(factor) if decay == 0 else out.mul_(decay).add_(factor)
+
+
+def linear_kron_factor(
+    x: Tensor, scale: float, out: Tensor | None = None, decay: float = 0.0, homogeneous: bool = False
+) -> Tensor:
+    """decay * out + scale * sum over the rows x_r of x [*, D] of x_r x_r^T, [D', D']; D' = D + 1 when homogeneous.
+
+    Written to `out` if there is one, which is not read where decay is 0; not with operands that require grad.
+    """
+    if not _use_kernel("linear_kron_factor", x):
+        with without_autocast(x.device.type):
+            return _merged(composite.linear_kron_factor(x, homogeneous), scale, out, decay)
+    size = x.shape[-1] + homogeneous
+    out, target = _running_average((size, size), x, out)
+    torch.ops.backpack_cuda.linear_kron_factor(target, x, scale, decay, homogeneous, _tf32(x))
+    return out if target is out else out.copy_(target)
+
+
+def conv_kron_factor(
+    x: Tensor,
+    geometry: ConvGeometry,
+    positions: tuple[int, ...],
+    scale: float,
+    out: Tensor | None = None,
+    decay: float = 0.0,
+    homogeneous: bool = False,
+) -> Tensor:
+    """The same for the patches of x [N, C, *] at `positions`, the spatial size of the layer's output.
+
+    [D', D'] with D = C / groups * prod(kernel_size), or with several groups [groups, D', D'].
+    """
+    if geometry.transposed:
+        x, geometry = composite.conv_of_transposed(x, geometry)
+    shape = geometry.factor_shape(x.shape[1], homogeneous)
+    if not _use_kernel("conv_kron_factor", x):
+        with without_autocast(x.device.type):
+            factor = composite.conv_kron_factor(x, geometry, positions, homogeneous).reshape(shape)
+            return _merged(factor, scale, out, decay)
+    out, target = _running_average(shape, x, out)
+    kernel_size, stride, padding, dilation, groups, *_ = geometry
+    torch.ops.backpack_cuda.conv_kron_factor(
+        target.view(groups, *shape[-2:]),
+        *(x, kernel_size, stride, padding, dilation, positions, groups, scale, decay, homogeneous, _tf32(x)),
+    )
+    return out if target is out else out.copy_(target)

@@ -77,6 +77,10 @@ def _conv_transpose_weighted(
     return input.new_empty(geometry.weight_shape(input.shape[1], grad_output.shape[1]))
 
 
+def _no_result(*arguments, tf32=False):
+    """Of operators that write to an argument."""
+
+
 FAKE_KERNELS = {
     "linear_grad_stats": _linear,
     "conv_grad_stats": _conv,
@@ -86,8 +90,11 @@ FAKE_KERNELS = {
     "linear_weighted_grad": _linear_weighted,
     "conv_weighted_grad": _conv_weighted,
     "conv_transpose_weighted_grad": _conv_transpose_weighted,
+    "linear_kron_factor": _no_result,
+    "conv_kron_factor": _no_result,
 }
 
 if _lib.PROBLEM is None:
     for _name, _fake in FAKE_KERNELS.items():
-        torch.library.register_fake(f"backpack_cuda::{_name}", _fake)
+        if torch._C._dispatch_has_kernel(f"backpack_cuda::{_name}"):  # an older library may lack the operator
+            torch.library.register_fake(f"backpack_cuda::{_name}", _fake)

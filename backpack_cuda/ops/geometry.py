@@ -1,5 +1,6 @@
 """The geometry of a convolution or transposed convolution, as the operators take it."""
 
+from math import prod
 from typing import NamedTuple
 
 
@@ -31,3 +32,8 @@ class ConvGeometry(NamedTuple):
         """[O, C/groups, *kernel] of a convolution, [C, O/groups, *kernel] of a transposed one."""
         rows, columns = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)
         return (rows, columns // self.groups, *self.kernel_size)
+
+    def factor_shape(self, in_channels: int, homogeneous: bool) -> tuple[int, ...]:
+        """Shape of the input's Kronecker factor: [D', D'], or one for each of several groups, [groups, D', D']."""
+        size = in_channels // self.groups * prod(self.kernel_size) + homogeneous
+        return (size, size) if self.groups == 1 else (self.groups, size, size)
