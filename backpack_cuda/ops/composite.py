@@ -167,7 +167,7 @@ def _second_moment(rows: Tensor, homogeneous: bool) -> Tensor:
     return rows.mT @ rows
 
 
-def _mirrored(product: Tensor) -> Tensor:
+def mirrored(product: Tensor) -> Tensor:
     """The upper triangle of [*, D, D] on both sides: a matrix product need not be symmetric to the last bit."""
     return product.triu() + product.triu(1).mT
 
@@ -175,7 +175,7 @@ def _mirrored(product: Tensor) -> Tensor:
 def linear_kron_factor(x: Tensor, homogeneous: bool = False) -> Tensor:
     """sum_r x_r x_r^T over the rows of x [*, D]; [D', D']."""
     rows = x.to(statistics_dtype(x.dtype)).reshape(prod(x.shape[:-1]), x.shape[-1])
-    return _mirrored(_second_moment(rows, homogeneous))
+    return mirrored(_second_moment(rows, homogeneous))
 
 
 def conv_kron_factor(
@@ -192,7 +192,7 @@ def conv_kron_factor(
         windows = patches(x[chunk].to(factor.dtype), geometry, positions)
         rows = windows.reshape(-1, g, c, t, k).permute(1, 0, 3, 2, 4).reshape(g, -1, c * k)  # [g, N_c * T, D]
         factor = factor + _second_moment(rows, homogeneous)
-    return _mirrored(factor)
+    return mirrored(factor)
 
 
 def conv_of_transposed(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:

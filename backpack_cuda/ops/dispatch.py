@@ -128,7 +128,7 @@ def _merged(factor: Tensor, scale: float, out: Tensor | None, decay: float) -> T
     factor = factor if scale == 1 else factor * scale
     if out is None:
         return factor
-    return out.copy_(factor) if decay == 0 else out.mul_(decay).add_(factor)
+    return out.copy_(factor if decay == 0 else composite.mirrored(out * decay + factor))
 
 
 def linear_kron_factor(

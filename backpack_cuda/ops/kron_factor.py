@@ -25,7 +25,7 @@ def linear_kron_factor(
         scale: a finite number.
         out: where to put the result, [D', D'] of the result's type, on the device of `x` and apart from it in memory;
             None for a new tensor. Not with an `x` that requires grad.
-        decay: the weight of what `out` holds, a finite number. With 0 `out` is not read.
+        decay: the weight of what `out` holds, a finite number. Its upper triangle counts; with 0 it is not read.
         homogeneous: append a 1 to every row, for a weight and bias treated as one matrix: D' = D + 1, otherwise D' = D.
 
     Returns:

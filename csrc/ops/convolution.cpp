@@ -16,6 +16,11 @@ ConvGeometry::Dims three(const Ints& values, int64_t dims, int64_t least, int64_
   return result;
 }
 
+void check_image(const Tensor& input) {
+  STD_TORCH_CHECK(input.dim() >= 3 && input.dim() <= 5, "input must have 1, 2 or 3 spatial dims, got shape ",
+                  shape_text(input));
+}
+
 }  // namespace
 
 Convolution::Convolution(const Tensor& input, const Tensor& grad_output, const Ints& kernel_size,
@@ -24,8 +29,7 @@ Convolution::Convolution(const Tensor& input, const Tensor& grad_output, const I
     : input(input), grad_output(grad_output), transposed(output_padding != nullptr) {
   check_operands(input, grad_output);
   const int64_t dims = input.dim() - 2, C = input.size(1), O = grad_output.size(1);
-  STD_TORCH_CHECK(dims >= 1 && dims <= 3, "input must have 1, 2 or 3 spatial dims, got shape ",
-                  shape_text(input));
+  check_image(input);
   STD_TORCH_CHECK(groups >= 1 && C % groups == 0 && O % groups == 0, "groups ", groups,
                   " must divide the channels of input ", shape_text(input), " and of grad_output ",
                   shape_text(grad_output));
@@ -43,6 +47,20 @@ Convolution::Convolution(const Tensor& input, const Tensor& grad_output, const I
   }
   weight_shape = {pixels().size(1), image().size(1) / groups};
   weight_shape.insert(weight_shape.end(), kernel_size.begin(), kernel_size.end());
+}
+
+Patches::Patches(const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+                 const Ints& dilation, const Ints& positions, int64_t groups)
+    : input(input) {
+  check_floating(input, "input");
+  check_image(input);
+  constexpr int64_t kAny = -(int64_t{1} << 31);
+  const int64_t dims = input.dim() - 2;
+  STD_TORCH_CHECK(groups >= 1 && input.size(1) % groups == 0, "groups ", groups,
+                  " must divide the channels of input ", shape_text(input));
+  geometry = {three(kernel_size, dims, 1, 1, "kernel_size"), three(stride, dims, 1, 1, "stride"),
+              three(padding, dims, kAny, 0, "padding"), three(dilation, dims, 1, 1, "dilation"), groups};
+  this->positions = three(positions, dims, 0, 1, "positions");
 }
 
 }  // namespace backpack_cuda

@@ -29,4 +29,20 @@ struct Convolution {
   const Tensor& pixels() const { return transposed ? input : grad_output; }
 };
 
+// The checked arguments of a convolution's patches alone: the entries x[n, c, o * stride + k * dilation -
+// padding] of x = input [N, C, *], in the order (c, *k), and zeros outside, for all o < positions. Any number
+// of positions per dim, 0 too, and any padding, negative too.
+struct Patches {
+  const Tensor& input;
+  ConvGeometry geometry;
+  ConvGeometry::Dims positions;
+
+  Patches(const Tensor& input, const Ints& kernel_size, const Ints& stride, const Ints& padding,
+          const Ints& dilation, const Ints& positions, int64_t groups);
+  // Entries of one patch of one group.
+  int64_t size() const {
+    return input.size(1) / geometry.groups * geometry.kernel[0] * geometry.kernel[1] * geometry.kernel[2];
+  }
+};
+
 }  // namespace backpack_cuda
