@@ -44,6 +44,33 @@ class Stats(NamedTuple):
         )
 
 
+class ColumnWant:
+    """Statistics of the per-sample gradients G_vn of V columns; the values are those of csrc/ops/column_stats.h."""
+
+    NOTHING = 0
+    FACTOR = 1
+    BATCH_DIAG = 2
+    DIAG = 4
+
+
+class ColumnStats(NamedTuple):
+    """Statistics of the per-sample gradients G_vn [V, N, *P] of one parameter; None where not wanted."""
+
+    factor: Tensor | None = None  # [V, N, *P]  G_vn
+    batch_diag: Tensor | None = None  # [N, *P]     sum_v signs[v, n] G_vn^2
+    diag: Tensor | None = None  # [*P]        sum_vn signs[v, n] G_vn^2
+
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], want: int) -> "ColumnStats":
+        """From an operator's three results, in the order of the fields; the unwanted ones are dropped."""
+        factor, batch_diag, diag = tensors
+        return cls(
+            factor if want & ColumnWant.FACTOR else None,
+            batch_diag if want & ColumnWant.BATCH_DIAG else None,
+            diag if want & ColumnWant.DIAG else None,
+        )
+
+
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type in which squares and sums of per-sample gradients of `dtype` are held."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -88,4 +115,40 @@ def stats_of_chunks(chunks: Iterable[Tensor], want: int, dtype: torch.dtype) -> 
         batch_l2=torch.cat(norms) if norms else None,
         sum_grad_squared=squared,
         sum_grad_centered_squared=centered,
+    )
+
+
+def column_stats_of_chunks(
+    chunks: Iterable[Iterable[tuple[Tensor, Tensor | None]]], want: int, dtype: torch.dtype
+) -> ColumnStats:
+    """Statistics of materialised per-sample gradients of columns, by differentiable torch operations.
+
+    Args:
+        chunks: for successive chunks of the batch, at least one, the successive chunks of columns, at least one:
+            gradients [V_c, N_c, *P] in `statistics_dtype(dtype)` and their signs [V_c, N_c], None for 1.
+        want: the statistics to form.
+        dtype: the type of the operands, and of the result `factor`.
+    """
+    factor, rows, diag = [], [], None
+    for columns in chunks:
+        gradients, square = [], None
+        for gradient, signs in columns:  # [V_c, N_c, *P]
+            if want & ColumnWant.FACTOR:
+                gradients.append(gradient.to(dtype))
+            if want & (ColumnWant.BATCH_DIAG | ColumnWant.DIAG):
+                signed = gradient.square()
+                if signs is not None:
+                    signed = signed * signs.reshape(*signs.shape, *(1,) * (gradient.dim() - 2))
+                signed = signed.sum(0)  # [N_c, *P]
+                square = signed if square is None else square + signed
+        if want & ColumnWant.FACTOR:
+            factor.append(torch.cat(gradients))
+        if want & ColumnWant.BATCH_DIAG:
+            rows.append(square)
+        if want & ColumnWant.DIAG:
+            diag = square.sum(0) if diag is None else diag + square.sum(0)
+    return ColumnStats(
+        factor=torch.cat(factor, 1) if factor else None,
+        batch_diag=torch.cat(rows) if rows else None,
+        diag=diag,
     )

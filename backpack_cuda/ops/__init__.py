@@ -15,10 +15,23 @@ name in `want`       shape          value
 and each `*_weighted_grad` call sum_n weights[n] G_n. The `*_kron_factor` calls take one operand and sum its outer
 products with itself.
 
+Second order asks for V output gradients of every sample at once, `columns` [V, N, ...], the columns of a square root of
+a curvature matrix at the layer's output. Of their per-sample gradients G_vn each `*_column_stats` call forms any of
+
+==================== ================ ===========================================
+name in `want`       shape            value
+==================== ================ ===========================================
+"factor"             [V, N, *weight]  G_vn
+"batch_diag"         [N, *weight]     sum_v signs[v, n] G_vn^2, entry by entry
+"diag"               [*weight]        sum_vn signs[v, n] G_vn^2, entry by entry
+==================== ================ ===========================================
+
+with all `signs` 1 unless they are given.
+
 Nothing is rescaled: with a mean-reduced loss, grad_output (and so G_n) contains the factor 1/N.
 
-Operands: float32, float64, bfloat16 or float16, any strides. "grad", "batch_grad" and weighted sums have the operands'
-type; "batch_l2" and "sum_grad_squared" are float32 (float64 for float64). N = 0 and T = 0 give zeros. NaN and Inf
+Operands: float32, float64, bfloat16 or float16, any strides. "grad", "batch_grad", "factor" and weighted sums have the
+operands' type; the other results are float32 (float64 for float64). N = 0, T = 0 and V = 0 give zeros. NaN and Inf
 propagate. Operands that require grad under grad mode give differentiable results.
 
 Precision. bfloat16 and float16 operands are multiplied exactly and summed in float32; squares are taken before
@@ -37,6 +50,13 @@ and for convolutions cuDNN obeys `torch.backends.cudnn.allow_tf32`, which is on 
 """
 
 from backpack_cuda.ops import fake  # noqa: F401 (registers the fake kernels)
+from backpack_cuda.ops.column_stats import (
+    ColumnStats,
+    bias_column_stats,
+    conv_column_stats,
+    conv_transpose_column_stats,
+    linear_column_stats,
+)
 from backpack_cuda.ops.grad_stats import (
     GradStats,
     bias_grad_stats,
@@ -54,15 +74,20 @@ from backpack_cuda.ops.weighted_grad import (
 )
 
 __all__ = [
+    "ColumnStats",
     "GradStats",
+    "bias_column_stats",
     "bias_grad_stats",
     "bias_weighted_grad",
+    "conv_column_stats",
     "conv_grad_stats",
     "conv_kron_factor",
+    "conv_transpose_column_stats",
     "conv_transpose_grad_stats",
     "conv_transpose_kron_factor",
     "conv_transpose_weighted_grad",
     "conv_weighted_grad",
+    "linear_column_stats",
     "linear_grad_stats",
     "linear_kron_factor",
     "linear_weighted_grad",

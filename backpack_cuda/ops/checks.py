@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import Want, statistics_dtype
+from backpack_cuda.stats import ColumnWant, Want, statistics_dtype
 
 WANTS = {
     "grad": Want.GRAD,
@@ -16,21 +16,26 @@ WANTS = {
     "batch_l2": Want.BATCH_L2,
     "sum_grad_squared": Want.SUM_GRAD_SQUARED,
 }
+COLUMN_WANTS = {
+    "factor": ColumnWant.FACTOR,
+    "batch_diag": ColumnWant.BATCH_DIAG,
+    "diag": ColumnWant.DIAG,
+}
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def want(names: str | Iterable[str]) -> int:
+def want(names: str | Iterable[str], flag_of: dict[str, int] = WANTS) -> int:
     """The flags of a non-empty collection of statistics' names (or of one name)."""
-    known = ", ".join(map(repr, WANTS))
+    known = ", ".join(map(repr, flag_of))
     if isinstance(names, str):
         names = (names,)
     if not isinstance(names, Iterable):
         raise TypeError(f"want: expected names among {known}, got {type(names).__name__}")
     flags = Want.NOTHING
     for name in names:
-        if name not in WANTS:
+        if name not in flag_of:
             raise ValueError(f"want: expected names among {known}, got {name!r}")
-        flags |= WANTS[name]
+        flags |= flag_of[name]
     if not flags:
         raise ValueError(f"want: expected at least one of {known}, got none")
     return flags
@@ -46,22 +51,19 @@ def tensor(name: str, value) -> None:
         raise NotImplementedError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
 
 
-def _shapes(input: Tensor, grad_output: Tensor) -> str:
-    return f"got input {list(input.shape)} and grad_output {list(grad_output.shape)}"
+def _shapes(input: Tensor, other: Tensor, name: str = "grad_output") -> str:
+    return f"got input {list(input.shape)} and {name} {list(other.shape)}"
 
 
-def operands(input, grad_output) -> None:
-    """Two tensors of one type, device and batch size."""
+def operands(input, other, name: str = "grad_output") -> None:
+    """Two tensors of one type and device."""
     tensor("input", input)
-    tensor("grad_output", grad_output)
-    if input.dtype != grad_output.dtype:
-        raise TypeError(
-            f"grad_output: expected the dtype of input, got input {input.dtype} and grad_output {grad_output.dtype}"
-        )
-    if input.device != grad_output.device:
+    tensor(name, other)
+    if input.dtype != other.dtype:
+        raise TypeError(f"{name}: expected the dtype of input, got input {input.dtype} and {name} {other.dtype}")
+    if input.device != other.device:
         raise ValueError(
-            f"grad_output: expected the device of input, got input on {input.device} "
-            f"and grad_output on {grad_output.device}"
+            f"{name}: expected the device of input, got input on {input.device} and {name} on {other.device}"
         )
 
 
@@ -119,66 +121,115 @@ def _group_count(groups) -> None:
         raise TypeError(f"groups: expected an int, got {groups!r}")
 
 
+def _conv_geometry(
+    input: Tensor,
+    output: Tensor,
+    name: str,
+    leading: int,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    transposed,
+    output_padding,
+) -> ConvGeometry:
+    """The geometry of a (transposed) convolution of input [N, C, *] and `output` [`leading` dims, N, O, *]."""
+    shapes = _shapes(input, output, name)
+    dims = input.dim() - 2
+    if dims not in (1, 2, 3):
+        raise ValueError(f"input: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], {shapes}")
+    if output.dim() != leading + input.dim():
+        expected = f"one dimension more than input, [V, N, O, {dims} spatial]" if leading else "the rank of input"
+        raise ValueError(f"{name}: expected {expected}, {shapes}")
+    _group_count(groups)
+    channels, (batch_size, out_channels, *size) = input.shape[1], output.shape[leading:]
+    if groups < 1 or channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups: expected a positive divisor of the channels {channels} of input and {out_channels} of "
+            f"{name}, got {groups}"
+        )
+    geometry = _geometry(dims, kernel_size, stride, padding, dilation, groups, transposed, output_padding)
+    if input.shape[0] != batch_size:
+        raise ValueError(f"{name}: expected the batch size of input, {shapes}")
+    expected = geometry.output_size(tuple(input.shape[2:]))
+    if any(e < 0 for e in expected) or tuple(size) != expected:
+        raise ValueError(
+            f"{name}: expected spatial size {list(expected)} for kernel_size {geometry.kernel_size}, stride "
+            f"{geometry.stride}, padding {geometry.padding}, dilation {geometry.dilation}, {shapes}"
+        )
+    return geometry
+
+
 def conv_operands(
     input, grad_output, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
 ) -> ConvGeometry:
     """input [N, C, *] and grad_output [N, O, *] of a (transposed) convolution; returns its geometry."""
     operands(input, grad_output)
-    dims = input.dim() - 2
-    if dims not in (1, 2, 3):
-        raise ValueError(f"input: expected 3, 4 or 5 dimensions [N, C, 1 to 3 spatial], {_shapes(input, grad_output)}")
-    if grad_output.dim() != input.dim():
-        raise ValueError(f"grad_output: expected the rank of input, {_shapes(input, grad_output)}")
-    _group_count(groups)
-    channels, out_channels = input.shape[1], grad_output.shape[1]
-    if groups < 1 or channels % groups or out_channels % groups:
+    sizes = kernel_size, stride, padding, dilation, groups, transposed, output_padding
+    return _conv_geometry(input, grad_output, "grad_output", 0, *sizes)
+
+
+def linear_columns(input, columns) -> None:
+    """input [N, *, I] and columns [V, N, *, O] with the same dimensions N, *."""
+    operands(input, columns, "columns")
+    shapes = _shapes(input, columns, "columns")
+    if input.dim() < 2:
+        raise ValueError(f"input: expected at least 2 dimensions [N, *, I], {shapes}")
+    if columns.shape[1:-1] != input.shape[:-1]:
+        raise ValueError(f"columns: expected [V, N, *, O] with the leading dimensions [N, *] of input, {shapes}")
+
+
+def conv_columns(
+    input, columns, kernel_size, stride, padding, dilation, groups, transposed=False, output_padding=0
+) -> ConvGeometry:
+    """input [N, C, *] and columns [V, N, O, *] of a (transposed) convolution; returns its geometry."""
+    operands(input, columns, "columns")
+    sizes = kernel_size, stride, padding, dilation, groups, transposed, output_padding
+    return _conv_geometry(input, columns, "columns", 1, *sizes)
+
+
+def _factors(name: str, value, expected: str, shape: torch.Size, operand: Tensor) -> None:
+    """Factors of the statistics of `operand`: of `shape`, on its device, in the type of its statistics."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(value).__name__}")
+    dtype = statistics_dtype(operand.dtype)
+    if value.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype} for operands of {operand.dtype}, got {value.dtype}")
+    if value.layout != torch.strided:
+        raise NotImplementedError(f"{name}: expected a dense (strided) tensor, got layout {value.layout}")
+    if value.shape != shape:
         raise ValueError(
-            f"groups: expected a positive divisor of the channels {channels} of input and {out_channels} of "
-            f"grad_output, got {groups}"
+            f"{name}: expected {expected}, {list(shape)}, got {list(value.shape)} for operands of shape "
+            f"{list(operand.shape)}"
         )
-    geometry = _geometry(dims, kernel_size, stride, padding, dilation, groups, transposed, output_padding)
-    if input.shape[0] != grad_output.shape[0]:
-        raise ValueError(f"grad_output: expected the batch size of input, {_shapes(input, grad_output)}")
-    expected = geometry.output_size(tuple(input.shape[2:]))
-    if any(size < 0 for size in expected) or tuple(grad_output.shape[2:]) != expected:
-        raise ValueError(
-            f"grad_output: expected spatial size {list(expected)} for kernel_size {geometry.kernel_size}, stride "
-            f"{geometry.stride}, padding {geometry.padding}, dilation {geometry.dilation}, "
-            f"{_shapes(input, grad_output)}"
-        )
-    return geometry
+    if value.device != operand.device:
+        raise ValueError(f"{name}: expected the device {operand.device} of the operands, got {value.device}")
 
 
 def sample_weights(weights, operand: Tensor) -> None:
-    """weights [N] on the device of `operand` [N, ...], in the type of its statistics."""
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights: expected a Tensor, got {type(weights).__name__}")
-    dtype = statistics_dtype(operand.dtype)
-    if weights.dtype != dtype:
-        raise TypeError(f"weights: expected {dtype} for operands of {operand.dtype}, got {weights.dtype}")
-    if weights.layout != torch.strided:
-        raise NotImplementedError(f"weights: expected a dense (strided) tensor, got layout {weights.layout}")
-    if weights.shape != operand.shape[:1]:
-        raise ValueError(
-            f"weights: expected one per sample, [{operand.shape[0]}], got {list(weights.shape)} for operands of "
-            f"shape {list(operand.shape)}"
-        )
-    if weights.device != operand.device:
-        raise ValueError(f"weights: expected the device {operand.device} of the operands, got {weights.device}")
+    """weights [N] of `operand` [N, ...]."""
+    _factors("weights", weights, "one per sample", operand.shape[:1], operand)
 
 
-def channel_dim(grad_output, dim) -> int:
-    """The bias' dimension of grad_output [N, ...], not the batch dimension."""
-    tensor("grad_output", grad_output)
+def signs(value, columns: Tensor) -> None:
+    """None, or signs [V, N] of columns [V, N, ...]."""
+    if value is not None:
+        _factors("signs", value, "one per column and sample", columns.shape[:2], columns)
+
+
+def channel_dim(output, dim, name: str = "grad_output", leading: int = 1) -> int:
+    """The bias' dimension of `output`, not one of the `leading` dimensions."""
+    tensor(name, output)
     if isinstance(dim, bool) or not isinstance(dim, Integral):
         raise TypeError(f"channel_dim: expected an int, got {dim!r}")
-    rank = grad_output.dim()
-    if rank < 2:
-        raise ValueError(f"grad_output: expected at least 2 dimensions, got {list(grad_output.shape)}")
-    if not -rank < dim < rank or dim == 0:
+    rank = output.dim()
+    if rank <= leading:
+        raise ValueError(f"{name}: expected at least {leading + 1} dimensions, got {list(output.shape)}")
+    if not -rank <= dim < rank or dim % rank < leading:
+        others = "the batch dimension 0" if leading == 1 else "the dimensions 0 of columns and 1 of samples"
         raise ValueError(
-            f"channel_dim: expected a dimension of grad_output {list(grad_output.shape)} other than the batch "
-            f"dimension 0, got {dim}"
+            f"channel_dim: expected a dimension of {name} {list(output.shape)} other than {others}, got {dim}"
         )
     return int(dim) % rank
 

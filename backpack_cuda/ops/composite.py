@@ -13,7 +13,15 @@ from torch import Tensor
 
 from backpack_cuda.ops import library
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
+from backpack_cuda.stats import (
+    ColumnStats,
+    ColumnWant,
+    Stats,
+    Want,
+    column_stats_of_chunks,
+    statistics_dtype,
+    stats_of_chunks,
+)
 
 _CHUNK_ELEMENTS = 1 << 24  # of a chunk's per-sample gradients and of its patches
 
@@ -64,13 +72,14 @@ def bias(grad_output: Tensor, channel_dim: int, want: int) -> Stats:
 
 
 def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -> Tensor:
-    """Windows of image [N, C, *size] that the kernel sees, [N, C, *positions, *kernel]: a view of the padded image.
+    """Windows of image [..., *size] that the kernel sees, [..., *positions, *kernel]: a view of the padded image.
 
     Any number of positions, at least one in each dimension, and any padding: outside of the image are zeros.
     """
+    first = image.dim() - len(positions)
     extents = [(count - 1) * s + w for count, s, w in zip(positions, geometry.stride, geometry.window(), strict=True)]
     margins = []
-    for dim, (extent, padding) in enumerate(zip(extents, geometry.padding, strict=True), start=2):
+    for dim, (extent, padding) in enumerate(zip(extents, geometry.padding, strict=True), start=first):
         begin = min(max(-padding, 0), image.shape[dim])  # the part of the image that windows see, [begin, end)
         end = max(min(extent - padding, image.shape[dim]), begin)
         image = image.narrow(dim, begin, end - begin)
@@ -78,7 +87,7 @@ def patches(image: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -
         margins[:0] = (before, extent - before - (end - begin))
     windows = F.pad(image, margins) if any(margins) else image
     for dim, (window, stride, dilation) in enumerate(
-        zip(geometry.window(), geometry.stride, geometry.dilation, strict=True), start=2
+        zip(geometry.window(), geometry.stride, geometry.dilation, strict=True), start=first
     ):
         windows = windows.unfold(dim, window, stride)[..., ::dilation]
     return windows
@@ -90,36 +99,122 @@ class _ConvOperands:
     In a transposed convolution input and grad_output swap roles: the patches are those of grad_output.
     """
 
-    def __init__(self, geometry: ConvGeometry, input: Tensor, grad_output: Tensor) -> None:
-        self.geometry = geometry
-        self.image, self.pixels = (grad_output, input) if geometry.transposed else (input, grad_output)
-        self.positions, self.groups = tuple(self.pixels.shape[2:]), geometry.groups
+    def __init__(self, geometry: ConvGeometry, input_shape: torch.Size, output_shape: torch.Size) -> None:
+        self.geometry, self.groups = geometry, geometry.groups
+        image, pixels = (output_shape, input_shape) if geometry.transposed else (input_shape, output_shape)
+        self.positions = tuple(pixels[2:])
         self.t, self.k = prod(self.positions), prod(geometry.kernel_size)
-        self.shape = geometry.weight_shape(input.shape[1], grad_output.shape[1])
-        self.elements = max(prod(self.shape), self.image.shape[1] * self.t * self.k)  # per sample, of what is formed
+        self.shape = geometry.weight_shape(input_shape[1], output_shape[1])
+        self.elements = max(prod(self.shape), image[1] * self.t * self.k)  # per sample, of what is formed
 
-    def of(self, chunk: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Patches [N_c, g, c, T, K] and pixels [N_c, g, o, T] of some samples."""
-        image, g = self.image[chunk].to(dtype), self.groups
-        n, c, o = image.shape[0], image.shape[1] // g, self.pixels.shape[1] // g
-        a = patches(image, self.geometry, self.positions).reshape(n, g, c, self.t, self.k)
-        return a, self.pixels[chunk].to(dtype).reshape(n, g, o, self.t)
+    def of(self, input: Tensor, grad_output: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Patches [..., g, c, T, K] and pixels [..., g, o, T] of some samples; one may have further dims in front."""
+        image, pixels = (grad_output, input) if self.geometry.transposed else (input, grad_output)
+        channels, g = -1 - len(self.positions), self.groups
+        c, o = image.shape[channels] // g, pixels.shape[channels] // g
+        a = patches(image.to(dtype), self.geometry, self.positions)
+        a = a.reshape(*image.shape[:channels], g, c, self.t, self.k)
+        return a, pixels.to(dtype).reshape(*pixels.shape[:channels], g, o, self.t)
+
+    def gradients(self, input: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., N_c, *weight] of input [N_c, C, *] and grad_output [..., N_c, O, *]."""
+        leading = grad_output.shape[: -1 - len(self.positions)]
+        if self.t == 0 or 0 in leading:
+            return input.new_zeros(*leading, *self.shape, dtype=dtype)
+        product = torch.einsum("...gctk,...got->...gock", *self.of(input, grad_output, dtype))
+        return product.reshape(*leading, *self.shape)
 
 
 def conv(
     geometry: ConvGeometry, input: Tensor, grad_output: Tensor, weight_want: int, bias_want: Want
 ) -> tuple[Stats, Stats]:
     """Statistics of a (transposed) convolution's weight and bias; input [N, C, *], grad_output [N, O, *]."""
-    operands, n = _ConvOperands(geometry, input, grad_output), input.shape[0]
+    operands, n = _ConvOperands(geometry, input.shape, grad_output.shape), input.shape[0]
     dtype = statistics_dtype(input.dtype)
 
     def weight_rows(chunk: slice) -> Tensor:  # [N_c, *weight]
-        if operands.t == 0 or n == 0:
-            return input.new_zeros(len(input[chunk]), *operands.shape, dtype=dtype)
-        return torch.einsum("ngctk,ngot->ngock", *operands.of(chunk, dtype)).reshape(-1, *operands.shape)
+        return operands.gradients(input[chunk], grad_output[chunk], dtype)
 
     weight = _stats(weight_rows, n, operands.elements, weight_want, input.dtype) if weight_want else Stats()
     return weight, bias(grad_output, 1, bias_want)
+
+
+# --- Columns: V output gradients per sample. ---
+
+
+def _column_stats(
+    rows: Callable[[slice, slice], Tensor], columns: Tensor, signs: Tensor | None, elements: int, want: int
+) -> ColumnStats:
+    """Statistics of rows(columns, samples) [V_c, N_c, *P]; `elements` are those of a column and sample."""
+    whole = torch.is_grad_enabled()
+
+    def of_samples(samples: slice) -> Iterator[tuple[Tensor, Tensor | None]]:
+        count = columns[:, samples].shape[1]
+        for some in _sample_chunks(columns.shape[0], count * elements, whole):
+            yield rows(some, samples), None if signs is None else signs[some, samples]
+
+    chunks = (of_samples(samples) for samples in _sample_chunks(columns.shape[1], columns.shape[0] * elements, whole))
+    return column_stats_of_chunks(chunks, want, columns.dtype)
+
+
+def _signed_squares(columns: Tensor, signs: Tensor | None) -> Tensor:
+    """sum_v signs[v] columns[v]^2 of columns [V, N, O] in the statistics' type: [N, O]."""
+    squares = columns.to(statistics_dtype(columns.dtype)).square()
+    return (squares if signs is None else squares * signs.unsqueeze(2)).sum(0)
+
+
+def linear_columns(
+    input: Tensor, columns: Tensor, signs: Tensor | None, weight_want: int, bias_want: int
+) -> tuple[ColumnStats, ColumnStats]:
+    """Column statistics of a Linear layer's weight and bias; input [N, *, I], columns [V, N, *, O], signs [V, N]."""
+    i, o, t = input.shape[-1], columns.shape[-1], prod(input.shape[1:-1])
+    dtype = statistics_dtype(input.dtype)
+    bias_stats = bias_columns(columns, -1, signs, bias_want)
+
+    def weight_rows(some: slice, samples: slice) -> Tensor:  # [V_c, N_c, O, I]
+        a, b = input[samples].to(dtype), columns[some, samples].to(dtype)
+        return b.reshape(*b.shape[:2], t, o).transpose(2, 3) @ a.reshape(-1, t, i)
+
+    if not weight_want:
+        return ColumnStats(), bias_stats
+    if input.dim() > 2 or weight_want & ColumnWant.FACTOR:
+        return _column_stats(weight_rows, columns, signs, o * i, weight_want), bias_stats
+    a, b = input.to(dtype).square(), _signed_squares(columns, signs)  # (b a^T)^2 = b^2 (a^2)^T
+    return ColumnStats(
+        batch_diag=b.unsqueeze(2) * a.unsqueeze(1) if weight_want & ColumnWant.BATCH_DIAG else None,
+        diag=b.T @ a if weight_want & ColumnWant.DIAG else None,
+    ), bias_stats
+
+
+def conv_columns(
+    geometry: ConvGeometry, input: Tensor, columns: Tensor, signs: Tensor | None, weight_want: int, bias_want: int
+) -> tuple[ColumnStats, ColumnStats]:
+    """Column statistics of a (transposed) convolution's weight and bias; input [N, C, *], columns [V, N, O, *]."""
+    operands = _ConvOperands(geometry, input.shape, columns.shape[1:])
+    dtype = statistics_dtype(input.dtype)
+
+    def weight_rows(some: slice, samples: slice) -> Tensor:  # [V_c, N_c, *weight]
+        return operands.gradients(input[samples], columns[some, samples], dtype)
+
+    weight = ColumnStats()
+    if weight_want:
+        weight = _column_stats(weight_rows, columns, signs, operands.elements, weight_want)
+    return weight, bias_columns(columns, 2, signs, bias_want)
+
+
+def bias_columns(columns: Tensor, channel_dim: int, signs: Tensor | None, want: int) -> ColumnStats:
+    """Column statistics of an additive bias along `channel_dim` of columns [V, N, ...]; signs [V, N]."""
+    if not want:
+        return ColumnStats()
+    positions = [d for d in range(2, columns.dim()) if d != channel_dim % columns.dim()]
+    dtype = statistics_dtype(columns.dtype)
+    sums = columns.sum(positions, dtype=dtype) if positions else columns  # [V, N, O]
+    batch_diag = _signed_squares(sums, signs) if want & (ColumnWant.BATCH_DIAG | ColumnWant.DIAG) else None  # [N, O]
+    return ColumnStats(
+        factor=sums.to(columns.dtype) if want & ColumnWant.FACTOR else None,
+        batch_diag=batch_diag if want & ColumnWant.BATCH_DIAG else None,
+        diag=batch_diag.sum(0) if want & ColumnWant.DIAG else None,
+    )
 
 
 # --- Weighted sums, of a scaled copy of grad_output. ---
@@ -141,12 +236,12 @@ def conv_weighted_grad(geometry: ConvGeometry, input: Tensor, grad_output: Tenso
 
     Not by convolution_backward, whose own derivative refuses some transposed convolutions.
     """
-    operands = _ConvOperands(geometry, input, _scaled(grad_output, weights))
+    operands, scaled = _ConvOperands(geometry, input.shape, grad_output.shape), _scaled(grad_output, weights)
     grad = input.new_zeros(operands.shape, dtype=weights.dtype)
     if operands.t == 0 or len(input) == 0:
         return grad.to(input.dtype)
     for chunk in _sample_chunks(len(input), operands.elements, whole=torch.is_grad_enabled()):
-        a, b = operands.of(chunk, weights.dtype)
+        a, b = operands.of(input[chunk], scaled[chunk], weights.dtype)
         grad = grad + torch.einsum("ngctk,ngot->gock", a, b).reshape(operands.shape)
     return grad.to(input.dtype)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from backpack_cuda import _lib
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import Want, statistics_dtype
+from backpack_cuda.stats import ColumnWant, Want, statistics_dtype
 
 
 def _results(like: Tensor, batch_size: int, shape: tuple[int, ...], want: int) -> tuple[Tensor, ...]:
@@ -81,6 +81,59 @@ def _no_result(*arguments, tf32=False):
     """Of operators that write to an argument."""
 
 
+def _column_results(like: Tensor, columns: Tensor, shape: tuple[int, ...], want: int) -> tuple[Tensor, ...]:
+    """The three results of a parameter of shape `shape`; an unwanted one is empty."""
+    dtype = statistics_dtype(like.dtype)
+    return (
+        like.new_empty((*columns.shape[:2], *shape) if want & ColumnWant.FACTOR else (0,)),
+        like.new_empty((columns.shape[1], *shape) if want & ColumnWant.BATCH_DIAG else (0,), dtype=dtype),
+        like.new_empty(shape if want & ColumnWant.DIAG else (0,), dtype=dtype),
+    )
+
+
+def _linear_columns(input, columns, signs, weight_want, bias_want, tf32=False):
+    i, o = input.shape[-1], columns.shape[-1]
+    return (
+        *_column_results(input, columns, (o, i), weight_want),
+        *_column_results(columns, columns, (o,), bias_want),
+    )
+
+
+def _conv_column_results(geometry, input, columns, weight_want, bias_want):
+    c, o = input.shape[1], columns.shape[2]
+    weight = _column_results(input, columns, geometry.weight_shape(c, o), weight_want)
+    return (*weight, *_column_results(columns, columns, (o,), bias_want))
+
+
+def _conv_columns(
+    input, columns, signs, kernel_size, stride, padding, dilation, groups, weight_want, bias_want, tf32=False
+):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups)
+    return _conv_column_results(geometry, input, columns, weight_want, bias_want)
+
+
+def _conv_transpose_columns(
+    input,
+    columns,
+    signs,
+    kernel_size,
+    stride,
+    padding,
+    output_padding,
+    dilation,
+    groups,
+    weight_want,
+    bias_want,
+    tf32=False,
+):
+    geometry = ConvGeometry(kernel_size, stride, padding, dilation, groups, True, output_padding)
+    return _conv_column_results(geometry, input, columns, weight_want, bias_want)
+
+
+def _bias_columns(columns, signs, channel_dim, want):
+    return _column_results(columns, columns, (columns.shape[channel_dim],), want)
+
+
 FAKE_KERNELS = {
     "linear_grad_stats": _linear,
     "conv_grad_stats": _conv,
@@ -92,6 +145,10 @@ FAKE_KERNELS = {
     "conv_transpose_weighted_grad": _conv_transpose_weighted,
     "linear_kron_factor": _no_result,
     "conv_kron_factor": _no_result,
+    "linear_column_stats": _linear_columns,
+    "conv_column_stats": _conv_columns,
+    "conv_transpose_column_stats": _conv_transpose_columns,
+    "bias_column_stats": _bias_columns,
 }
 
 if _lib.PROBLEM is None:
