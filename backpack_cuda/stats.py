@@ -45,7 +45,7 @@ class Stats(NamedTuple):
 
 
 class ColumnWant:
-    """Statistics of the per-sample gradients G_vn of V columns; the values are those of csrc/ops/column_stats.h."""
+    """Statistics of the per-sample gradients G_vn of V columns; the values are those of csrc/ops/column_want.h."""
 
     NOTHING = 0
     FACTOR = 1

@@ -16,8 +16,8 @@ Tensor result(const Tensor& like, bool wanted, const std::vector<int64_t>& shape
   return tensor;
 }
 
-std::vector<int64_t> with_batch(int64_t N, std::vector<int64_t> shape) {
-  shape.insert(shape.begin(), N);
+std::vector<int64_t> with_batch(std::initializer_list<int64_t> batch, std::vector<int64_t> shape) {
+  shape.insert(shape.begin(), batch);
   return shape;
 }
 
@@ -26,7 +26,7 @@ std::vector<int64_t> with_batch(int64_t N, std::vector<int64_t> shape) {
 StatsTensors::StatsTensors(const Tensor& like, const std::vector<int64_t>& shape, int64_t N, int64_t want)
     : grad(
           torch::stable::new_empty(like, want & kGrad ? shape : std::vector<int64_t>{0}, like.scalar_type())),
-      batch_grad(result(like, want & kBatchGrad, with_batch(N, shape), like.scalar_type())),
+      batch_grad(result(like, want & kBatchGrad, with_batch({N}, shape), like.scalar_type())),
       batch_l2(result(like, want & kBatchL2, {N}, statistics_dtype(like))),
       sum_grad_squared(result(like, want & kSumGradSquared, shape, statistics_dtype(like))),
       sum_grad_centered_squared(result(like, want & kSumGradCenteredSquared, shape, statistics_dtype(like))) {
@@ -37,15 +37,14 @@ void StatsTensors::fill_zero() {
     torch::stable::zero_(*tensor);
 }
 
-bool zero_if_empty(const Tensor& input, const Tensor& grad_output, StatsTensors& weight, StatsTensors& bias,
-                   int64_t& weight_want) {
-  const bool no_bias = grad_output.numel() == 0, no_weight = no_bias || input.numel() == 0;
-  if (no_bias) bias.fill_zero();
-  if (no_weight) {
-    weight.fill_zero();
-    weight_want = 0;
-  }
-  return no_bias;
+ColumnTensors::ColumnTensors(const Tensor& like, const std::vector<int64_t>& shape, int64_t V, int64_t N,
+                             int64_t want)
+    : factor(result(like, want & kFactor, with_batch({V, N}, shape), like.scalar_type())),
+      batch_diag(result(like, want & kBatchDiag, with_batch({N}, shape), statistics_dtype(like))),
+      diag(result(like, want & kDiag, shape, statistics_dtype(like))) {}
+
+void ColumnTensors::fill_zero() {
+  for (Tensor* tensor : {&factor, &batch_diag, &diag}) torch::stable::zero_(*tensor);
 }
 
 FiveStats as_tuple(const StatsTensors& p) {
@@ -53,6 +52,12 @@ FiveStats as_tuple(const StatsTensors& p) {
 }
 
 TenStats as_tuple(const StatsTensors& weight, const StatsTensors& bias) {
+  return std::tuple_cat(as_tuple(weight), as_tuple(bias));
+}
+
+ThreeStats as_tuple(const ColumnTensors& p) { return {p.factor, p.batch_diag, p.diag}; }
+
+SixStats as_tuple(const ColumnTensors& weight, const ColumnTensors& bias) {
   return std::tuple_cat(as_tuple(weight), as_tuple(bias));
 }
 
