@@ -19,7 +19,10 @@ from torch.utils import _pytree as pytree
 
 from backpack_cuda.autocast import autocast_enabled, without_autocast
 from backpack_cuda.context import CTX, disable
-from backpack_cuda.per_sample import NoPerSampleGradients, Use
+from backpack_cuda.extensions.first_order import FirstOrderExtension
+from backpack_cuda.extensions.kronecker import KFAC
+from backpack_cuda.extensions.second_order import SecondOrderExtension
+from backpack_cuda.per_sample import ColumnUse, NoKroneckerFactors, NoPerSampleGradients, Use
 from backpack_cuda.per_sample.dense import merge
 from backpack_cuda.stats import Stats, Want
 
@@ -72,6 +75,9 @@ class LayerOperation(Protocol):
     def use(self, input: Tensor, grad_output: Tensor) -> Use:
         """The per-sample gradients of weight and bias."""
 
+    def columns(self, input: Tensor, columns: Tensor) -> ColumnUse:
+        """The same for V output gradients of every sample, columns [V, *grad_output]."""
+
     def original_input(self, input: Tensor) -> Tensor:
         """The module's input from the one that `forward` got."""
 
@@ -103,7 +109,7 @@ def _freed(node) -> bool:
         return True
 
 
-def _without_autocast(backward: Callable) -> Callable:
+def in_operand_types(backward: Callable) -> Callable:
     """Backward passes run in the types of their operands, also when called inside an autocast region."""
 
     @functools.wraps(backward)
@@ -123,11 +129,12 @@ class LayerFunction(torch.autograd.Function):
         ctx.save_for_backward(saved_input, saved_weight)
         ctx.module = module
         ctx.operation = operation
+        ctx.sweeping = False  # whether curvature/sweep.py pushes columns through
         ctx.parameters = (("weight", module.weight), ("bias", module.bias))  # they may be replaced later
         return operation.forward(input, weight, bias)
 
     @staticmethod
-    @_without_autocast
+    @in_operand_types
     def backward(ctx, grad_output):
         input, weight = ctx.saved_tensors
         module, operation = ctx.module, ctx.operation
@@ -136,19 +143,21 @@ class LayerFunction(torch.autograd.Function):
             need and _reached(ctx.next_functions[edge][0]) is not False
             for edge, need in enumerate(ctx.needs_input_grad[:3])
         ]
+        if ctx.sweeping:
+            return (*operation.backward(grad_output, input, weight, (needs_input, False, False)), None, None)
         requested = CTX.get_active_exts() and (needs_weight or needs_bias)
         if not requested and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
+        parameters = parameters_of(ctx) if requested else {}
+        state = Pass.current(ctx)
+        state.check_covered(module, parameters)
+        first_order = forms_from_gradients()
+        if not first_order and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
+            return (*operation.backward(grad_output, input, weight, needs), None, None)
         use = operation.use(input, grad_output)
-        parameters = {}
-        if requested:
-            for edge, need, (name, parameter) in zip((1, 2), (needs_weight, needs_bias), ctx.parameters, strict=True):
-                if need and _asked_for(ctx, ctx.next_functions[edge][0], parameter):
-                    parameters[name] = parameter
         # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
-        state = _Pass.current(ctx)
-        fused = not torch.is_grad_enabled() and not state.shared(ctx, parameters.values())
+        fused = first_order and not torch.is_grad_enabled() and not state.shared(ctx, parameters.values())
         gradients = _record(state, ctx, module, use, parameters, operation.original_input(input), fused)
         grad_weight, grad_bias = gradients.get("weight"), gradients.get("bias")
         missing = (needs_input, needs_weight and grad_weight is None, needs_bias and grad_bias is None)
@@ -164,6 +173,18 @@ class LayerFunction(torch.autograd.Function):
 
 # Function.apply() without its preparations for function transforms, under which LayerFunction never runs.
 apply_layer = super(torch.autograd.Function, LayerFunction).apply
+
+
+def parameters_of(node) -> dict[str, nn.Parameter]:
+    """The parameters of a layer's or observer's node that the running backward pass is asked for."""
+    if isinstance(node, LayerFunction._backward_cls):
+        return {
+            name: parameter
+            for edge, (name, parameter) in enumerate(node.parameters, start=1)
+            if node.needs_input_grad[edge] and _asked_for(node, node.next_functions[edge][0], parameter)
+        }
+    parameters = node.observation.parameters
+    return {name: p for name, p in parameters.items() if _asked_for(node, _get_grad_fn_or_grad_acc(p), p)}
 
 
 class Observation(NamedTuple):
@@ -184,24 +205,26 @@ class ObserverFunction(torch.autograd.Function):
     def forward(ctx, observation, inputs, *outputs):
         ctx.save_for_backward(*inputs)
         ctx.observation = observation
+        ctx.sweeping = False
         # detach(): a new tensor on the same storage that may be changed in place later, unlike an input handed on.
         outputs = tuple(output.detach() for output in outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
-    @_without_autocast
+    @in_operand_types
     def backward(ctx, *grad_outputs):
         observation = ctx.observation
         module = observation.module
-        if not CTX.get_active_exts():
+        if ctx.sweeping:
+            pass
+        elif not CTX.get_active_exts():
             module_done(module)
         else:
             args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
-            wanted = {
-                n: p for n, p in observation.parameters.items() if _asked_for(ctx, _get_grad_fn_or_grad_acc(p), p)
-            }
+            wanted, state = parameters_of(ctx), Pass.current(ctx)
+            state.check_covered(module, wanted)
             use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
-            _record(_Pass.current(ctx), ctx, module, use, wanted, args[0] if args else None, fused=False)
+            _record(state, ctx, module, use, wanted, args[0] if args else None, fused=False)
         return (None, None, *grad_outputs)
 
 
@@ -271,7 +294,7 @@ def register(output: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     if CTX.get_active_exts():
         task = torch._C._current_graph_task_id()
         if task != -1:  # a forward inside a backward pass: activation checkpointing
-            node.outer_pass = _Pass.of_task(task)
+            node.outer_pass = Pass.of_task(task)
     for parameter in parameters:
         reference = _Reference(node, _forget)
         reference.key = key = id(parameter)
@@ -285,27 +308,32 @@ def register(output: Tensor, parameters: Iterable[nn.Parameter]) -> None:
 class _Pending:
     """A parameter with several uses in the running backward pass."""
 
-    def __init__(self, parameter: nn.Parameter, expected: set[int]):
+    def __init__(self, module: nn.Module, parameter: nn.Parameter, expected: set[int]):
+        self.module = module  # of the first use
         self.parameter = parameter
         self.expected = expected  # ids of the nodes still to run
         self.uses: list[tuple[Use, str]] = []
 
 
-class _Pass:
+class Pass:
     """What one backward pass has done so far.
 
     A pass that activation checkpointing starts inside another belongs to the outer one: both differentiate one loss.
     """
 
-    _of_task: dict[int, "_Pass"] = {}
+    _of_task: dict[int, "Pass"] = {}
 
     def __init__(self):
         self.finished: set[int] = set()  # ids of the parameters with results
         self.pending: dict[int, _Pending] = {}
         self.waiting: list[tuple[nn.Module, set[int], Tensor | None]] = []  # modules whose hook is due, in order
+        # By ids of (parameter, extension): what the losses contributed so far; None where there is no result.
+        self.curvature: dict[tuple[int, int], object] = {}
+        self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
+        self._saved: list[tuple[nn.Parameter, str]] = []  # results of this pass
 
     @classmethod
-    def of_task(cls, task: int) -> "_Pass":
+    def of_task(cls, task: int) -> "Pass":
         """The pass of the engine's task that runs now."""
         state = cls._of_task.get(task)
         if state is None:
@@ -314,7 +342,7 @@ class _Pass:
         return state
 
     @classmethod
-    def current(cls, node) -> "_Pass":
+    def current(cls, node) -> "Pass":
         """The pass that `node`'s backward runs in, or the pass around it."""
         task = torch._C._current_graph_task_id()
         outer = getattr(node, "outer_pass", None)
@@ -324,12 +352,38 @@ class _Pass:
         return cls.of_task(task)
 
     @classmethod
-    def _end(cls, task: int, state: "_Pass") -> None:
+    def _end(cls, task: int, state: "Pass") -> None:
         """Called by the engine: finishes what a use that never ran was waited for."""
         cls._of_task.pop(task, None)
         for key in list(state.pending):
             state.finish_pending(key)
         state.run_hooks()
+
+    def save(self, parameter: nn.Parameter, ext, value) -> None:
+        """Puts a result on a parameter."""
+        if CTX.get_debug():
+            print(f"[DEBUG] {ext} saves {ext.savefield} of a parameter {list(parameter.shape)}")
+        setattr(parameter, ext.savefield, value)
+        self._saved.append((parameter, ext.savefield))
+
+    def discard(self) -> None:
+        """Takes the results of a pass that failed from the parameters: they would be a part of the whole only."""
+        for parameter, savefield in self._saved:
+            parameter.__dict__.pop(savefield, None)
+        self._saved.clear()
+
+    def check_covered(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+        """The second-order results of these parameters must be there, from a loss that was reached before."""
+        for ext in CTX.get_active_exts():
+            if isinstance(ext, SecondOrderExtension) and not from_gradients(ext):
+                for name, parameter in parameters.items():
+                    if (id(parameter), id(ext)) not in self.curvature:
+                        raise RuntimeError(
+                            f"{ext}: the backward pass reached {type(module).__name__}.{name} through no loss with a "
+                            "known Hessian: call extend(loss_function) before the forward pass, and let every term of "
+                            "the loss that depends on the parameter come from such a module (torch.nn.MSELoss, "
+                            "CrossEntropyLoss, BCEWithLogitsLoss, or one of backpack_cuda.curvature.register_loss)"
+                        )
 
     def expected(self, node, parameter) -> set[int]:
         """Ids of all nodes that use `parameter` in the running backward pass."""
@@ -348,7 +402,7 @@ class _Pass:
         pending = self.pending.pop(key)
         name = pending.uses[0][1]
         with _warning_if_impossible([pending.parameter]):
-            _form(merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
+            _form(self, pending.module, merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
         self.finished.add(key)
 
     def run_hooks(self) -> None:
@@ -362,12 +416,24 @@ class _Pass:
 def forget_passes() -> None:
     """Drops the state of backward passes that ended in an error; none may be running."""
     if torch._C._current_graph_task_id() == -1:
-        _Pass._of_task.clear()
+        for state in Pass._of_task.values():
+            state.discard()
+        Pass._of_task.clear()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Forming and saving
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def from_gradients(ext) -> bool:
+    """Whether a quantity is formed from the ordinary output gradients, layer by layer."""
+    return isinstance(ext, FirstOrderExtension) or (isinstance(ext, KFAC) and ext.fisher == "empirical")
+
+
+def forms_from_gradients() -> bool:
+    """Whether such a quantity is active."""
+    return any(map(from_gradients, CTX.get_active_exts()))
 
 
 def _check_mixing(module: nn.Module) -> None:
@@ -381,16 +447,17 @@ def _warning_if_impossible(parameters: Iterable[nn.Parameter]):
     try:
         yield
     except NoPerSampleGradients as reason:
+        extensions = [ext for ext in CTX.get_active_exts() if from_gradients(ext)]
         for parameter in parameters:
-            for ext in CTX.get_active_exts():
+            for ext in extensions:
                 parameter.__dict__.pop(ext.savefield, None)
-        names = ", ".join(ext.savefield for ext in CTX.get_active_exts())
+        names = ", ".join(ext.savefield for ext in extensions)
         warnings.warn(f"no {names} for the parameters of {reason}", stacklevel=3)
 
 
-def _form(use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str, Stats]:
+def _form(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str, Stats]:
     """Forms what the active extensions want of `parameters`, plus the statistics `also`, and saves the results."""
-    extensions = CTX.get_active_exts()
+    extensions = [ext for ext in CTX.get_active_exts() if isinstance(ext, FirstOrderExtension)]
     shared = [ext for ext in extensions if ext.get_subsampling() is None]
     want = also
     for ext in shared:
@@ -407,14 +474,29 @@ def _form(use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str,
             part, size = use.select(samples), len(samples)
             own = part.stats(dict.fromkeys(parameters, ext.want))
         for name, parameter in parameters.items():
-            if CTX.get_debug():
-                print(f"[DEBUG] {ext} saves {ext.savefield} of {name} {list(parameter.shape)}")
-            setattr(parameter, ext.savefield, ext.quantity(own[name], size))
+            state.save(parameter, ext, ext.quantity(own[name], size))
+    _form_empirical(state, module, use, parameters)
     return stats
 
 
+def _form_empirical(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter]) -> None:
+    """Forms and saves the factors of the empirical Fisher matrix, whose column is the ordinary output gradient."""
+    for ext in CTX.get_active_exts():
+        if isinstance(ext, SecondOrderExtension) and from_gradients(ext):
+            scale = ext.empirical_scale(state.losses)
+            columns = use.as_columns()
+            for name, parameter in parameters.items():
+                try:
+                    factors = ext.factors(columns, name)
+                except NoKroneckerFactors as reason:
+                    parameter.__dict__.pop(ext.savefield, None)
+                    ext.without_factors(module, reason)
+                else:
+                    state.save(parameter, ext, [factors[0] * scale, *factors[1:]])
+
+
 def _record(
-    state: _Pass,
+    state: Pass,
     node,
     module: nn.Module,
     use: Use,
@@ -439,18 +521,18 @@ def _record(
             if len(expected) < 2:
                 single[name] = parameter
                 continue
-            state.pending[key] = _Pending(parameter, expected)
+            state.pending[key] = _Pending(module, parameter, expected)
         pending = state.pending[key]
         pending.uses.append((use, name))
         pending.expected.discard(id(node))
         if not pending.expected:
             state.finish_pending(key)
     if fused and single:
-        stats = _form(use, single, Want.GRAD)
+        stats = _form(state, module, use, single, Want.GRAD)
         gradients = {name: stats[name].grad for name in single}
     elif single:
         with _warning_if_impossible(single.values()):
-            _form(use, single, Want.NOTHING)
+            _form(state, module, use, single, Want.NOTHING)
     state.finished.update(map(id, single.values()))
     # A module used several times has its hook called once, after its last use.
     state.waiting = [entry for entry in state.waiting if entry[0] is not module]

@@ -1,6 +1,8 @@
 """What passes shall do, as global state: the active quantities (`CTX`), and whether to prepare for any (`disable`)."""
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
@@ -12,6 +14,7 @@ class CTX:
     _debug: bool = False
     _extension_hook: Callable[[nn.Module], None] | None = None
     _retain_graph: bool = False
+    _memory_budget: int | None = None
 
     @classmethod
     def get_active_exts(cls) -> tuple:
@@ -57,6 +60,29 @@ class CTX:
     def set_retain_graph(cls, retain_graph: bool) -> None:
         """Switches whether stored inputs and outputs are kept."""
         cls._retain_graph = retain_graph
+
+    @classmethod
+    def get_memory_budget(cls) -> int | None:
+        """Bytes that the columns of second-order quantities may take at a time; None for the default."""
+        return cls._memory_budget
+
+
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def sweeping() -> Iterator[None]:
+    """Marks that the backward passes of this thread push columns of a curvature, not the gradient."""
+    outer, _local.sweeping = is_sweeping(), True
+    try:
+        yield
+    finally:
+        _local.sweeping = outer
+
+
+def is_sweeping() -> bool:
+    """Whether this thread's backward pass pushes columns of a curvature."""
+    return getattr(_local, "sweeping", False)
 
 
 class disable:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from backpack_cuda import layers
 from backpack_cuda.capture import IO_FLAG, module_done
-from backpack_cuda.context import disable
+from backpack_cuda.context import disable, is_sweeping
 from backpack_cuda.rules import forward_for
 from backpack_cuda.rules.generic import owned_parameters
+from backpack_cuda.rules.loss import loss_forward
 
 _ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters
 _OWN_LAYERS = tuple(getattr(layers, name) for name in layers.__all__)
@@ -49,7 +50,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
 
     Classes, parameters, hooks and state_dict stay as they are; deepcopy, pickle and torch.save work. Extending twice is
     the same as extending once. What happens between the modules (functional calls, views, residual sums) is free.
-    Loss functions need no extension; extending one is accepted.
+    First-order quantities do not need the loss function; for second-order ones it must be extended too.
 
     Args:
         module: any module. `backpack_cuda`'s own layers need no extension, but may be extended.
@@ -77,9 +78,10 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
     forward = module.__dict__.get("forward")
     if isinstance(module, _OWN_LAYERS) or isinstance(forward, ExtendedForward):
         pass
-    elif owned_parameters(module):
+    elif owned_parameters(module) or forward_for(module) is loss_forward:
         module.forward = ExtendedForward(module, forward)
-    elif not isinstance(module, nn.Sequential) and _announce not in module._forward_hooks.values():
+    announced = not owned_parameters(module) and not isinstance(module, nn.Sequential)
+    if announced and _announce not in module._forward_hooks.values():
         module.register_forward_hook(_announce)
     if store_io and _store_io not in module._forward_hooks.values():
         module.register_forward_hook(_store_io)
@@ -109,7 +111,7 @@ class _Announcement:
 
     def __call__(self, grad_outputs) -> None:
         module = self._module()
-        if module is not None:
+        if module is not None and not is_sweeping():
             module_done(module)
 
 

@@ -2,5 +2,32 @@
 
 from backpack_cuda.extensions.base import BackpropExtension
 from backpack_cuda.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from backpack_cuda.extensions.kronecker import KFAC, KFLR
+from backpack_cuda.extensions.second_order import (
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+)
 
-__all__ = ["BackpropExtension", "BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"]
+__all__ = [
+    "KFAC",
+    "KFLR",
+    "BackpropExtension",
+    "BatchDiagGGNExact",
+    "BatchDiagGGNMC",
+    "BatchDiagHessian",
+    "BatchGrad",
+    "BatchL2Grad",
+    "DiagGGNExact",
+    "DiagGGNMC",
+    "DiagHessian",
+    "SqrtGGNExact",
+    "SqrtGGNMC",
+    "SumGradSquared",
+    "Variance",
+]

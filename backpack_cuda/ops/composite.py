@@ -290,6 +290,17 @@ def conv_kron_factor(
     return mirrored(factor)
 
 
+def patch_sums(x: Tensor, geometry: ConvGeometry, positions: tuple[int, ...]) -> Tensor:
+    """The patches that `conv_kron_factor` multiplies, summed over positions: [N, C * prod(kernel_size)]."""
+    if geometry.transposed:
+        x, geometry = conv_of_transposed(x, geometry)
+    if 0 in positions:
+        return x.new_zeros(x.shape[0], x.shape[1] * prod(geometry.kernel_size), dtype=statistics_dtype(x.dtype))
+    windows = patches(x, geometry, positions)  # [N, C, *positions, *kernel]
+    sums = windows.sum(tuple(range(2, 2 + len(positions))), dtype=statistics_dtype(x.dtype))
+    return sums.reshape(x.shape[0], x.shape[1] * prod(geometry.kernel_size))
+
+
 def conv_of_transposed(x: Tensor, geometry: ConvGeometry) -> tuple[Tensor, ConvGeometry]:
     """An image and a convolution with the patches of a transposed convolution, position by position in reverse.
 

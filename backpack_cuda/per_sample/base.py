@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from backpack_cuda.per_sample.columns import ColumnUse, LoopedColumns
 from backpack_cuda.stats import Stats
 
 
@@ -33,3 +34,7 @@ class Use(ABC):
     @abstractmethod
     def select(self, samples: slice | Tensor) -> "Use":
         """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""
+
+    def as_columns(self) -> ColumnUse:
+        """The output gradients as columns with V = 1."""
+        return LoopedColumns([self])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack_cuda.per_sample.base import Use
+from backpack_cuda.per_sample.columns import SummedColumns
 from backpack_cuda.per_sample.outer import LinearUse
 from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
 
@@ -90,6 +91,9 @@ class SummedUse(Use):
 
     def select(self, samples: slice | Tensor) -> "SummedUse":
         return SummedUse([(use.select(samples), name) for use, name in self._uses])
+
+    def as_columns(self) -> SummedColumns:
+        return SummedColumns([(use.as_columns(), name) for use, name in self._uses])
 
 
 def merge(uses: list[tuple[Use, str]]) -> Use:

@@ -5,6 +5,7 @@ from torch import Tensor
 from backpack_cuda.ops import dispatch
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.per_sample.base import Use
+from backpack_cuda.per_sample.columns import ConvColumns, LinearColumns
 from backpack_cuda.stats import Stats, Want
 
 
@@ -26,6 +27,9 @@ class LinearUse(Use):
     def select(self, samples: slice | Tensor) -> "LinearUse":
         return LinearUse(self.input[samples], self.grad_output[samples])
 
+    def as_columns(self) -> LinearColumns:
+        return LinearColumns(self.input, self.grad_output[None])
+
 
 class BiasUse(Use):
     """A Linear layer of which only the bias is trained: G_n = sum_t grad_output[n, t]."""
@@ -40,6 +44,9 @@ class BiasUse(Use):
 
     def select(self, samples: slice | Tensor) -> "BiasUse":
         return BiasUse(self.grad_output[samples])
+
+    def as_columns(self) -> LinearColumns:
+        return LinearColumns(None, self.grad_output[None])
 
 
 class ConvUse(Use):
@@ -64,3 +71,6 @@ class ConvUse(Use):
 
     def select(self, samples: slice | Tensor) -> "ConvUse":
         return ConvUse(self.geometry, self.input[samples], self.grad_output[samples])
+
+    def as_columns(self) -> ConvColumns:
+        return ConvColumns(self.geometry, self.input, self.grad_output[None])

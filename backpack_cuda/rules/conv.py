@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from backpack_cuda.capture import capturing
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.per_sample import ConvUse
+from backpack_cuda.per_sample import ConvColumns, ConvUse
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.layer import has_plain_parameters, run_layer
 
@@ -53,6 +53,9 @@ class ConvOperation:
 
     def use(self, input: Tensor, grad_output: Tensor) -> ConvUse:
         return ConvUse(self.geometry, input, grad_output)
+
+    def columns(self, input: Tensor, columns: Tensor) -> ConvColumns:
+        return ConvColumns(self.geometry, input, columns)
 
     def original_input(self, input: Tensor) -> Tensor:
         if self._pad is not None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_cuda.capture import capturing
-from backpack_cuda.per_sample import BiasUse, LinearUse, Use
+from backpack_cuda.per_sample import BiasUse, LinearColumns, LinearUse, Use
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.layer import has_plain_parameters, run_layer
 
@@ -33,6 +33,9 @@ class LinearOperation:
 
     def use(self, input: Tensor | None, grad_output: Tensor) -> Use:
         return BiasUse(grad_output) if input is None else LinearUse(input, grad_output)
+
+    def columns(self, input: Tensor | None, columns: Tensor) -> LinearColumns:
+        return LinearColumns(input, columns)
 
     def original_input(self, input: Tensor | None) -> Tensor | None:
         return input

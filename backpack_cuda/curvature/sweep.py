@@ -1,0 +1,407 @@
+"""From a loss to the curvature of all layers: columns of its Hessian's square root, pushed back to their outputs.
+
+The autograd graph is the tape: the columns go through ordinary reverse mode, so that whatever stands between the layers
+is differentiated by torch itself. One sweep per square root feeds all quantities that are formed from it.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
+from backpack_cuda.context import CTX, sweeping
+from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.square_root import SquareRoot
+from backpack_cuda.extensions.kronecker import KroneckerExtension
+from backpack_cuda.extensions.second_order import SecondOrderExtension
+from backpack_cuda.per_sample import (
+    ColumnUse,
+    LoopedColumns,
+    NoKroneckerFactors,
+    NoPerSampleGradients,
+    merge_columns,
+)
+from backpack_cuda.stats import ColumnStats
+
+_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
+_LARGEST_BUDGET = 1 << 30
+# On the CPU fewer columns at a time are faster: those of all layers should stay in the caches.
+_CPU_COLUMN_BYTES = 16 << 20
+
+
+class LayerCall:
+    """A layer's call in the graph, with those of its parameters that quantities are asked for."""
+
+    def __init__(self, node, parameters: dict[str, nn.Parameter]):
+        self.node = node
+        self.parameters = parameters
+        outputs = 1 if isinstance(node, _LAYER_NODE) else len(node._input_metadata)
+        self.edges = [GradientEdge(node, i) for i in range(outputs)]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.node.module if isinstance(self.node, _LAYER_NODE) else self.node.observation.module
+
+    def use(self, columns: Sequence[Tensor | None], count: int) -> ColumnUse:
+        """The layer's per-sample gradients from `count` columns [V, *output] at each of its outputs (None: zeros)."""
+        filled = [
+            torch.zeros(count, *m.shape, dtype=m.dtype, device=m.device) if c is None else c
+            for c, m in zip(columns, self.node._input_metadata, strict=True)
+        ]
+        if isinstance(self.node, _LAYER_NODE):
+            input, _ = self.node.saved_tensors
+            return self.node.operation.columns(input, filled[0])
+        observation = self.node.observation._replace(parameters=self.parameters)
+        args, kwargs = observation.rebuild_inputs(self.node.saved_tensors)
+        form = observation.form
+        return LoopedColumns([form(observation, args, kwargs, grads) for grads in zip(*filled, strict=True)])
+
+
+class Source(NamedTuple):
+    """A tensor, or the edge of the graph that stands for it, and a square root of the curvature there."""
+
+    edge: Tensor | GradientEdge
+    root: SquareRoot
+    column_bytes: int  # of a column at the source itself
+
+
+class Sweep:
+    """Everything that one loss contributes to the active quantities."""
+
+    def __init__(self, extensions: Sequence[SecondOrderExtension], prediction: Tensor, state: Pass):
+        self.extensions = extensions
+        self.prediction = prediction
+        self.state = state
+        self.layers, mixing = _layers(prediction)
+        if not self.layers:
+            raise RuntimeError(
+                f"{extensions[0]}: no parameter of an extended layer is between the prediction and the graph's leaves; "
+                "call extend(model) before the forward pass, and run that outside of disable() and no_grad()"
+            )
+        self.batch_size = self._batch_size()
+        _check_apart(mixing, self.batch_size, extensions)
+        self.uses: dict[int, list[tuple[LayerCall, str]]] = {}  # id of a parameter -> its uses
+        for layer in self.layers:
+            for name, parameter in layer.parameters.items():
+                self.uses.setdefault(id(parameter), []).append((layer, name))
+
+    def _batch_size(self) -> int:
+        """N, which the layers know; a prediction may have been flattened to [N * R, C]."""
+        rows = self.prediction.shape[0] if self.prediction.dim() else 1
+        sizes = {layer.node._input_metadata[0].shape[0] for layer in self.layers if isinstance(layer.node, _LAYER_NODE)}
+        if len(sizes) == 1:
+            (size,) = sizes
+            if 0 < size < rows and rows % size == 0:
+                return size
+        return rows
+
+    def run(self, hessian: LossHessian, grad_prediction: Callable[[], Tensor], factor: Tensor | None) -> None:
+        """Forms all quantities of a loss with this Hessian, times `factor`."""
+        by_root: dict[tuple, list[SecondOrderExtension]] = {}
+        for ext in self.extensions:
+            by_root.setdefault((ext.root.kind, ext.root.mc_samples), []).append(ext)
+        with self._marked():
+            for (kind, mc_samples), extensions in by_root.items():
+                if kind == "exact":
+                    every = any(ext.needs_every_column for ext in extensions)
+                    root = self._of_samples(hessian.exact if every else hessian.reduced)
+                else:
+                    root = hessian.sampled(mc_samples)
+                self._push(Source(self.prediction, _scaled(root, factor), _bytes(self.prediction)), extensions, True)
+                with_residuals = [ext for ext in extensions if ext.root.with_residuals]
+                if with_residuals:
+                    self._push_residuals(grad_prediction(), with_residuals)
+        self._save()
+
+    # ---- sources ----
+
+    def _of_samples(self, root: SquareRoot) -> SquareRoot:
+        """Of a prediction [N * R, ...], whose rows have their own Hessians: columns for each of a sample's R rows."""
+        rows = self.prediction.shape[0]
+        if rows == self.batch_size:
+            return root
+        per_sample = rows // self.batch_size
+        self._check_samples_apart(per_sample)
+
+        def form(begin: int, end: int) -> tuple[Tensor, None]:
+            columns = self.prediction.new_zeros(end - begin, self.batch_size, per_sample, *self.prediction.shape[1:])
+            for k in range(begin, end):
+                row, v = divmod(k, root.count)
+                column = root.form(v, v + 1)[0].unflatten(1, (self.batch_size, per_sample))
+                columns[k - begin, :, row] = column[0, :, row]
+            return columns.flatten(1, 2), None
+
+        return SquareRoot(root.count * per_sample, form)
+
+    def _check_samples_apart(self, rows: int) -> None:
+        """Rows [0, R) of the prediction must be those of sample 0."""
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.zeros(self.prediction.shape, dtype=torch.float32)
+        probe[:rows] = torch.rand(rows, *probe.shape[1:], generator=generator) + 0.5
+        edges = [edge for layer in self.layers for edge in layer.edges]
+        for grad in self._pull_back(self.prediction, edges, probe.to(self.prediction)[None]):
+            if grad is not None and grad.shape[1] == self.batch_size and grad[:, 1:].any():
+                raise ValueError(
+                    f"the prediction {list(self.prediction.shape)} has {rows} rows for each of the {self.batch_size} "
+                    "samples that the layers see, but not one sample after the other; keep dimension 0 for the samples"
+                )
+
+    def _push_residuals(self, grad_prediction: Tensor, extensions: Sequence[SecondOrderExtension]) -> None:
+        from backpack_cuda.curvature.residuals import check_uses, residual_sources
+
+        for uses in self.uses.values():
+            if len(uses) > 1:
+                check_uses([layer.node for layer, _ in uses])
+        nodes = [layer.node for layer in self.layers]
+        for source in residual_sources(self.prediction, grad_prediction, nodes, self.batch_size):
+            metadata = source.edge.node._input_metadata[source.edge.output_nr]
+            column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
+            self._push(Source(source.edge, source.root, column_bytes), extensions)
+
+    # ---- pushing ----
+
+    @contextlib.contextmanager
+    def _marked(self) -> Iterator[None]:
+        """The layers' backward passes inside form no weight gradients and no quantities."""
+        for layer in self.layers:
+            layer.node.sweeping = True
+        try:
+            with sweeping():
+                yield
+        finally:
+            for layer in self.layers:
+                layer.node.sweeping = False
+
+    def _push(self, source: Source, extensions: Sequence[SecondOrderExtension], reaches_all: bool = False) -> None:
+        """What one source contributes; `reaches_all`: zeros to the layers that do not depend on it."""
+        total = source.root.count
+        step = self._step(source)
+        edges = [edge for layer in self.layers for edge in layer.edges]
+        for begin in range(0, total, step):
+            columns, signs = source.root.form(begin, min(begin + step, total))
+            found = iter(self._pull_back(source.edge, edges, columns))
+            uses = {}
+            for layer in self.layers:
+                grads = [next(found) for _ in layer.edges]
+                if reaches_all or any(grad is not None for grad in grads):
+                    uses[id(layer)] = layer.use(grads, len(columns))
+            self._collect(uses, signs, extensions, begin, total)
+
+    def _step(self, source: Source) -> int:
+        """How many columns to push at a time."""
+        column = source.column_bytes + sum(
+            prod(metadata.shape) * metadata.dtype.itemsize
+            for layer in self.layers
+            for metadata in layer.node._input_metadata
+        )
+        budget = CTX.get_memory_budget()
+        device = self.prediction.device
+        if budget is None:
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * _LARGEST_BUDGET
+            budget = min(free // 4, _LARGEST_BUDGET if device.type == "cuda" else _CPU_COLUMN_BYTES)
+        return max(1, budget // max(column, 1))
+
+    def _pull_back(
+        self, source: Tensor | GradientEdge, edges: Sequence[GradientEdge], columns: Tensor
+    ) -> list[Tensor | None]:
+        """Columns [V, *source] at the source -> [V, *output] at each edge; None where the source does not depend."""
+        create_graph = torch.is_grad_enabled()
+        if len(columns) == 1:
+            found = torch.autograd.grad(
+                source, edges, columns[0], retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+            return [None if grad is None else grad[None] for grad in found]
+        if not create_graph and columns.is_cuda:
+            with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # an operation without batching rule
+                warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
+                return list(
+                    torch.autograd.grad(
+                        source, edges, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
+                    )
+                )
+        found = [
+            torch.autograd.grad(source, edges, column, retain_graph=True, create_graph=create_graph, allow_unused=True)
+            for column in columns
+        ]
+        return [None if grads[0] is None else torch.stack(grads) for grads in zip(*found, strict=True)]
+
+    # ---- collecting ----
+
+    def _collect(
+        self,
+        uses: dict[int, ColumnUse],
+        signs: Tensor | None,
+        extensions: Sequence[SecondOrderExtension],
+        begin: int,
+        total: int,
+    ) -> None:
+        """Adds what columns [begin, ...) of `total` contribute to the results of all parameters."""
+        shared: dict[int, list[tuple[ColumnUse, str, LayerCall]]] = {}
+        for layer in self.layers:
+            use = uses.pop(id(layer), None)
+            if use is None:
+                continue
+            self._check(use, layer, extensions)
+            single = {}
+            for name, parameter in layer.parameters.items():
+                if len(self.uses[id(parameter)]) == 1:
+                    single[name] = parameter
+                else:
+                    shared.setdefault(id(parameter), []).append((use, name, layer))
+            if single:
+                self._add(use, single, layer.module, signs, extensions, begin, total)
+        for parts in shared.values():
+            _, name, layer = parts[0]
+            use = merge_columns([(use, name) for use, name, _ in parts])
+            self._add(use, {name: layer.parameters[name]}, layer.module, signs, extensions, begin, total)
+
+    def _check(self, use: ColumnUse, layer: LayerCall, extensions: Sequence[SecondOrderExtension]) -> None:
+        if use.mixes_samples:
+            for ext in extensions:
+                ext.check_mixed_samples(layer.module)
+        if use.batch_size != self.batch_size:
+            raise ValueError(
+                f"{extensions[0]}: {type(layer.module).__name__} sees {use.batch_size} samples, the loss "
+                f"{self.batch_size}: dimension 0 must be the samples, in the input of every layer and in the prediction"
+            )
+
+    def _add(
+        self,
+        use: ColumnUse,
+        parameters: dict[str, nn.Parameter],
+        module: nn.Module,
+        signs: Tensor | None,
+        extensions: Sequence[SecondOrderExtension],
+        begin: int,
+        total: int,
+    ) -> None:
+        kronecker = [ext for ext in extensions if isinstance(ext, KroneckerExtension)]
+        of_columns = [ext for ext in extensions if not isinstance(ext, KroneckerExtension)]
+        with _errors_for_users(extensions[0]):
+            stats = _stats(use, parameters, signs, [ext for ext in of_columns if ext.get_subsampling() is None])
+            for ext in of_columns:
+                own = stats
+                if ext.get_subsampling() is not None:
+                    own = _stats(use.select(_samples(ext, use.batch_size)), parameters, None, [ext])
+                for name, parameter in parameters.items():
+                    key = (id(parameter), id(ext))
+                    self.state.curvature[key] = ext.update(self.state.curvature.get(key), own[name], begin, total)
+        for ext in kronecker:
+            for name, parameter in parameters.items():
+                with _errors_for_users(ext):
+                    self._add_factors(ext, use, name, parameter, module)
+
+    def _add_factors(
+        self, ext: KroneckerExtension, use: ColumnUse, name: str, parameter: nn.Parameter, module: nn.Module
+    ) -> None:
+        key = (id(parameter), id(ext))
+        if self.state.curvature.get(key, ()) is None:
+            return  # known to have no factors
+        try:
+            output = ext.output_factor(use, name)
+            factors = self.state.curvature.get(key)
+            if factors is None:
+                input = ext.input_factor(use, name)
+                factors = [output] if input is None else [output, input]
+            else:
+                factors[0] = factors[0] + output
+        except NoKroneckerFactors as reason:
+            factors = None
+            ext.without_factors(module, reason)
+        self.state.curvature[key] = factors
+
+    def _save(self) -> None:
+        """Puts the results so far on the parameters; a further loss replaces them by its sum with them."""
+        for uses in self.uses.values():
+            layer, name = uses[0]
+            parameter = layer.parameters[name]
+            for ext in self.extensions:
+                result = self.state.curvature[id(parameter), id(ext)]
+                if result is None:
+                    parameter.__dict__.pop(ext.savefield, None)
+                else:
+                    self.state.save(parameter, ext, ext.quantity(result))
+
+
+def _layers(prediction: Tensor) -> tuple[list[LayerCall], list]:
+    """The calls of layers in the prediction's graph with parameters that the running backward pass is asked for.
+
+    Also the nodes of batch normalisations, which may mix the samples.
+    """
+    layers, mixing = [], []
+    visited, stack = set(), [prediction.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
+            parameters = parameters_of(node)
+            if parameters:
+                layers.append(LayerCall(node, parameters))
+        else:
+            name = node.name()
+            if "BatchNorm" in name:
+                mixing.append(node)
+            elif name == "CheckpointFunctionBackward":
+                raise NotImplementedError(
+                    "torch.utils.checkpoint with use_reentrant=True hides its layers from the graph: second-order "
+                    "quantities need use_reentrant=False"
+                )
+        stack.extend(following for following, _ in node.next_functions)
+    return layers, mixing
+
+
+def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtension]) -> None:
+    """No batch normalisation may take its statistics from the batch; instance normalisation is one of [1, N * C, *]."""
+    for node in nodes:
+        training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
+        if training and batch_size > 1 and node._input_metadata[0].shape[0] == batch_size:
+            raise NotImplementedError(
+                f"{extensions[0]}: a batch normalisation in train mode mixes the samples of its batch, so that the "
+                "curvature is no sum over samples; call eval() on it"
+            )
+
+
+def _stats(use: ColumnUse, parameters, signs: Tensor | None, extensions) -> dict[str, ColumnStats]:
+    want = 0
+    for ext in extensions:
+        want |= ext.want
+    return use.stats(dict.fromkeys(parameters, want), signs) if want else {}
+
+
+def _samples(ext: SecondOrderExtension, batch_size: int) -> Tensor:
+    samples = ext.get_subsampling()
+    if samples and max(samples) >= batch_size:
+        raise ValueError(f"subsampling: expected indices below the batch size {batch_size}, got {samples}")
+    return torch.tensor(samples, dtype=torch.long)
+
+
+@contextlib.contextmanager
+def _errors_for_users(ext: SecondOrderExtension) -> Iterator[None]:
+    try:
+        yield
+    except NoPerSampleGradients as reason:
+        raise NotImplementedError(f"{type(ext).__name__}: not possible for the parameters of {reason}") from reason
+
+
+def _scaled(root: SquareRoot, factor: Tensor | None) -> SquareRoot:
+    """A square root of `factor` times the curvature."""
+    if factor is None:
+        return root
+
+    def form(begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        columns, signs = root.form(begin, end)
+        return columns * factor.sqrt().to(columns.dtype), signs
+
+    return SquareRoot(root.count, form)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,268 @@
+"""Uses of a layer with V output gradients per sample: the columns of a square root of a curvature matrix.
+
+G_vn is the per-sample gradient of sample n that belongs to column v. If the columns S_vn of sample n at the layer's
+output satisfy sum_v S_vn S_vn^T = H_n, then sum_v G_vn G_vn^T is H_n pulled back to the parameter.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from backpack_cuda.ops import composite, dispatch
+from backpack_cuda.ops.geometry import ConvGeometry
+from backpack_cuda.stats import ColumnStats, ColumnWant, Want, column_stats_of_chunks, statistics_dtype
+
+if TYPE_CHECKING:
+    from backpack_cuda.per_sample.base import Use
+
+
+class NoKroneckerFactors(Exception):
+    """A parameter's curvature has no known Kronecker factors; the message is a sentence for the user."""
+
+
+class ColumnUse(ABC):
+    """One use of a layer in a forward pass, with columns at its output.
+
+    Kronecker factors are composed of four sums over the R positions of a use: an input factor of the rows a_nr that
+    the weight multiplies, an output factor of the columns b_vnr at its outputs, each with the sum over positions
+    outside or inside of the product. Layers with groups have factors per group, [G, D, D].
+
+    Attributes:
+        batch_size: N.
+        dtype: the type of the columns.
+        mixes_samples: as of `Use`.
+        sums_positions: whether BackPACK's convention sums the columns over positions before it multiplies them.
+    """
+
+    batch_size: int
+    dtype: torch.dtype
+    mixes_samples = False
+    sums_positions = False
+
+    @abstractmethod
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        """Statistics of each named parameter; signs [V, N] or None. Differentiable under grad mode."""
+
+    @abstractmethod
+    def select(self, samples: Tensor) -> "ColumnUse":
+        """The same use restricted to some samples, indices [K] (which may repeat)."""
+
+    def positions(self) -> int:
+        """R, how often the weight is applied to a sample."""
+        return 1
+
+    def groups(self, name: str) -> int:
+        """G, the number of blocks of the parameter's Kronecker factors."""
+        return 1
+
+    def input_moment(self, name: str, scale: float) -> Tensor | None:
+        """scale * sum_nr a_nr a_nr^T, [D, D] or [G, D, D]; None for a parameter with an output factor only."""
+        return None
+
+    def input_sums(self, name: str) -> Tensor | None:
+        """sum_r a_nr, [N, G * D]."""
+        return None
+
+    def output_moment(self, name: str) -> Tensor:
+        """sum_vnr b_vnr b_vnr^T, [O, O] or [G, O, O]."""
+        return moment(self.output_sums(name), self.groups(name))
+
+    def output_sums(self, name: str) -> Tensor:
+        """sum_r b_vnr, [V, N, G * O]; for an additive parameter its per-sample gradients."""
+        rows = self.stats({name: ColumnWant.FACTOR}, None)[name].factor  # [V, N, *P]
+        if rows.dim() > 3:
+            raise NoKroneckerFactors(f"{name} of size {list(rows.shape[2:])}, of a layer without a known factorisation")
+        return rows.reshape(*rows.shape[:2], prod(rows.shape[2:]))
+
+
+def moment(rows: Tensor, groups: int, scale: float = 1.0) -> Tensor:
+    """scale * sum of the outer products of rows [*, G * D]: [D, D], or the blocks [G, D, D] of G > 1 groups."""
+    if groups == 1:
+        return dispatch.linear_kron_factor(rows, scale)
+    return torch.stack([dispatch.linear_kron_factor(block, scale) for block in rows.chunk(groups, -1)])
+
+
+class LinearColumns(ColumnUse):
+    """A Linear layer: G_vn = sum_t columns[v, n, t] input[n, t]^T of `weight`, sum_t columns[v, n, t] of `bias`."""
+
+    def __init__(self, input: Tensor | None, columns: Tensor):
+        self.input = input  # [N, *, I]; None where only the bias is trained
+        self.columns = columns  # [V, N, *, O]
+        self.batch_size = columns.shape[1]
+        self.dtype = columns.dtype
+
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        weight_want, bias_want = want.get("weight", ColumnWant.NOTHING), want.get("bias", ColumnWant.NOTHING)
+        if self.input is None:
+            return {"bias": dispatch.bias_column_stats(self.columns, self.columns.dim() - 1, signs, bias_want)}
+        pair = dispatch.linear_column_stats(self.input, self.columns, signs, weight_want, bias_want)
+        return dict(zip(("weight", "bias"), pair, strict=True))
+
+    def select(self, samples: Tensor) -> "LinearColumns":
+        return LinearColumns(None if self.input is None else self.input[samples], self.columns[:, samples])
+
+    def positions(self) -> int:
+        return prod(self.columns.shape[2:-1])
+
+    def input_moment(self, name: str, scale: float) -> Tensor | None:
+        return dispatch.linear_kron_factor(self.input, scale) if name == "weight" else None
+
+    def input_sums(self, name: str) -> Tensor | None:
+        return _sum_positions(self.input, 1) if name == "weight" else None
+
+    def output_moment(self, name: str) -> Tensor:
+        return dispatch.linear_kron_factor(self.columns, 1.0)
+
+    def output_sums(self, name: str) -> Tensor:
+        return _sum_positions(self.columns, 2)
+
+
+class ConvColumns(ColumnUse):
+    """A (transposed) convolution: as LinearColumns with the patches of its input as rows.
+
+    The Kronecker factors of a transposed convolution take the patches of its input from which it forms an output pixel,
+    in the order (C, *kernel): they approximate the curvature of `weight.transpose(0, 1)`, as BackPACK's.
+    """
+
+    sums_positions = True
+
+    def __init__(self, geometry: ConvGeometry, input: Tensor, columns: Tensor):
+        self.geometry = geometry
+        self.input = input  # [N, C, *size]
+        self.columns = columns  # [V, N, O, *output size]
+        self.batch_size = columns.shape[1]
+        self.dtype = columns.dtype
+
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        weight_want, bias_want = want.get("weight", ColumnWant.NOTHING), want.get("bias", ColumnWant.NOTHING)
+        pair = dispatch.conv_column_stats(self.geometry, self.input, self.columns, signs, weight_want, bias_want)
+        return dict(zip(("weight", "bias"), pair, strict=True))
+
+    def select(self, samples: Tensor) -> "ConvColumns":
+        return ConvColumns(self.geometry, self.input[samples], self.columns[:, samples])
+
+    def positions(self) -> int:
+        return prod(self.columns.shape[3:])
+
+    def groups(self, name: str) -> int:
+        return self.geometry.groups if name == "weight" else 1
+
+    def input_moment(self, name: str, scale: float) -> Tensor | None:
+        if name != "weight":
+            return None
+        return dispatch.conv_kron_factor(self.input, self.geometry, tuple(self.columns.shape[3:]), scale)
+
+    def input_sums(self, name: str) -> Tensor | None:
+        if name != "weight":
+            return None
+        return composite.patch_sums(self.input, self.geometry, tuple(self.columns.shape[3:]))
+
+    def output_moment(self, name: str) -> Tensor:
+        return moment(self.columns.movedim(2, -1), self.groups(name))  # of rows [V, N, *output size, O]
+
+    def output_sums(self, name: str) -> Tensor:
+        return self.columns.flatten(3).sum(3, dtype=statistics_dtype(self.dtype))  # [V, N, O]
+
+
+class LoopedColumns(ColumnUse):
+    """Any other use: its per-sample gradients column by column."""
+
+    def __init__(self, uses: Sequence["Use"]):
+        self._uses = uses  # one per column
+        self.batch_size = uses[0].batch_size
+        self.dtype = uses[0].dtype
+        self.mixes_samples = uses[0].mixes_samples
+
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        return {
+            name: column_stats_of_chunks([self._columns(name, signs)], flags, self.dtype)
+            for name, flags in want.items()
+        }
+
+    def _columns(self, name: str, signs: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Per-sample gradients [1, N, *P] and signs [1, N] of one column after the other."""
+        wide = statistics_dtype(self.dtype)
+        for v, use in enumerate(self._uses):
+            rows = use.stats({name: Want.BATCH_GRAD})[name].batch_grad
+            yield rows[None].to(wide), None if signs is None else signs[v : v + 1]
+
+    def select(self, samples: Tensor) -> "LoopedColumns":
+        return LoopedColumns([use.select(samples) for use in self._uses])
+
+
+class SummedColumns(ColumnUse):
+    """One parameter used several times: its per-sample gradients are the sums over the uses."""
+
+    def __init__(self, uses: Sequence[tuple[ColumnUse, str]]):
+        sizes = sorted({use.batch_size for use, _ in uses})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"a parameter was used with batch sizes {' and '.join(map(str, sizes))} in one backward pass: which "
+                "samples belong together is unknown; call backward once per forward pass"
+            )
+        self._uses = uses  # (use, the parameter's name in it)
+        self.batch_size = sizes[0]
+        self.dtype = uses[0][0].dtype
+        self.mixes_samples = any(use.mixes_samples for use, _ in uses)
+        self.sums_positions = any(use.sums_positions for use, _ in uses)
+
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        ((name, flags),) = want.items()
+        wide = statistics_dtype(self.dtype)
+        rows = [use.stats({n: ColumnWant.FACTOR}, None)[n].factor.to(wide) for use, n in self._uses]
+        return {name: column_stats_of_chunks([[(torch.stack(rows).sum(0), signs)]], flags, self.dtype)}
+
+    def select(self, samples: Tensor) -> "SummedColumns":
+        return SummedColumns([(use.select(samples), name) for use, name in self._uses])
+
+    def positions(self) -> int:
+        return sum(use.positions() for use, _ in self._uses)
+
+    def groups(self, name: str) -> int:
+        (use, own_name), *_ = self._uses
+        return use.groups(own_name)
+
+    def _sum(self, form) -> Tensor | None:
+        parts = [form(use, name) for use, name in self._uses]
+        if any(part is None for part in parts):
+            return None
+        return torch.stack(parts).sum(0)
+
+    def input_moment(self, name: str, scale: float) -> Tensor | None:
+        return self._sum(lambda use, n: use.input_moment(n, scale))
+
+    def input_sums(self, name: str) -> Tensor | None:
+        return self._sum(lambda use, n: use.input_sums(n))
+
+    def output_moment(self, name: str) -> Tensor:
+        return self._sum(lambda use, n: use.output_moment(n))
+
+    def output_sums(self, name: str) -> Tensor:
+        return self._sum(lambda use, n: use.output_sums(n))
+
+
+def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
+    """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
+    summed = SummedColumns(uses)
+    if not all(isinstance(use, LinearColumns) and name == "weight" for use, name in uses):
+        return summed
+    # The uses' positions behind each other: one factorised use instead of materialised gradients.
+    inputs = [_positions_flat(use.input, 1) for use, _ in uses]  # [N, T, I] each
+    columns = [_positions_flat(use.columns, 2) for use, _ in uses]  # [V, N, T, O] each
+    return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2))
+
+
+def _positions_flat(rows: Tensor, leading: int) -> Tensor:
+    """The dims between the `leading` first and the last as one."""
+    return rows.reshape(*rows.shape[:leading], prod(rows.shape[leading:-1]), rows.shape[-1])
+
+
+def _sum_positions(rows: Tensor, leading: int) -> Tensor:
+    """Sum over the dims between the `leading` first and the last, in the statistics' type."""
+    if rows.dim() == leading + 1:
+        return rows
+    return _positions_flat(rows, leading).sum(leading, dtype=statistics_dtype(rows.dtype))

@@ -1,0 +1,107 @@
+"""Loss functions: where a backward pass learns the loss' curvature."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+
+from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types
+from backpack_cuda.context import CTX
+from backpack_cuda.curvature.losses import LossHessian, loss_hessian
+from backpack_cuda.curvature.sweep import Sweep
+from backpack_cuda.extensions.second_order import SecondOrderExtension
+
+
+class LossFunction(torch.autograd.Function):
+    """Hands on a loss' value; its backward starts what is formed from the loss' Hessian."""
+
+    @staticmethod
+    def forward(ctx, module, rebuild, tensors, value):
+        ctx.save_for_backward(*tensors)
+        ctx.module = module
+        ctx.rebuild = rebuild
+        return value.detach()
+
+    @staticmethod
+    @in_operand_types
+    def backward(ctx, grad_output):
+        extensions = [ext for ext in CTX.get_active_exts() if isinstance(ext, SecondOrderExtension)]
+        if extensions:
+            state = Pass.current(ctx)
+            try:
+                _start(ctx, state, extensions, grad_output)
+            except Exception:
+                state.discard()
+                raise
+        return None, None, None, grad_output
+
+
+def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output: Tensor) -> None:
+    """Forms what one loss contributes, and puts the results so far on the parameters."""
+    args, kwargs = ctx.rebuild(ctx.saved_tensors)
+    if grad_output.numel() != 1:
+        raise ValueError(
+            f"{type(ctx.module).__name__}: output must be scalar for second-order quantities, got a loss of size "
+            f"{list(grad_output.shape)}; use reduction='mean' or 'sum'"
+        )
+    hessian = loss_hessian(ctx.module, *args, **kwargs)
+    factor = _factor(ctx.module, grad_output)
+    state.losses.append((hessian.normalisation, factor))
+    swept = [ext for ext in extensions if not from_gradients(ext)]
+    if not swept:
+        return
+
+    def grad_prediction() -> Tensor:
+        edge = GradientEdge(*ctx.next_functions[0])
+        create_graph = torch.is_grad_enabled()
+        return torch.autograd.grad(edge, hessian.prediction, grad_output, retain_graph=True, create_graph=create_graph)[
+            0
+        ]
+
+    Sweep(swept, _connected(ctx.module, hessian), state).run(hessian, grad_prediction, factor)
+
+
+def _connected(module: nn.Module, hessian: LossHessian) -> Tensor:
+    if hessian.prediction.grad_fn is None:
+        raise RuntimeError(
+            f"{type(module).__name__}: its first argument must be the prediction of an extended model, got a tensor "
+            "without a graph"
+        )
+    return hessian.prediction
+
+
+def _factor(module: nn.Module, grad_output: Tensor) -> Tensor | None:
+    """What the loss was multiplied by before backward(); None for 1.
+
+    A CUDA device is not waited for: there a negative factor gives NaN, the square root of it, rather than an error.
+    """
+    if grad_output.requires_grad or grad_output.is_cuda:
+        return grad_output.reshape(())
+    factor = float(grad_output)
+    if factor < 0:
+        raise ValueError(
+            f"{type(module).__name__}: expected a loss with a non-negative factor before backward(), got {factor:g}: "
+            "its curvature has no square root"
+        )
+    return None if factor == 1 else grad_output.reshape(())
+
+
+def loss_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs) -> Tensor:
+    """The forward of a loss function, prepared for second-order quantities."""
+    value = stock_forward(*args, **kwargs)
+    if not capturing() or not isinstance(value, Tensor) or not value.requires_grad:
+        return value
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    # The tensors are saved by autograd, so that they live no longer than the graph.
+    rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+    def rebuild(saved: tuple[Tensor, ...]) -> tuple[tuple, dict]:
+        filled = list(rest)
+        for i, tensor in zip(positions, saved, strict=True):
+            filled[i] = tensor
+        return pytree.tree_unflatten(filled, structure)
+
+    return LossFunction.apply(module, rebuild, [leaves[i] for i in positions], value)
