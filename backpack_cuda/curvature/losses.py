@@ -164,10 +164,10 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         else:
             vector = tau
         column = column.expand(count, samples).unsqueeze(2)  # [V, N, 1]
-        tau = tau.expand(count, samples, classes)
-        root_at = tau.gather(2, column)  # [V, N, 1]
-        # S_v = diag(tau) (e_v - tau_v vector)
-        values = (tau * vector).mul(-root_at).scatter_add(2, column, root_at) * scale.unsqueeze(-1)
+        # S_v = scale * diag(tau) (e_c - tau_c vector)
+        scaled = tau * scale.unsqueeze(-1)  # [V or 1, N, C]
+        values = -tau.expand(count, samples, classes).gather(2, column) * (scaled * vector)
+        values.scatter_add_(2, column, scaled.expand(count, samples, classes).gather(2, column))
         values = values.to(input.dtype)  # [V, N, C]
         if not positions:
             return values, None
@@ -200,8 +200,8 @@ def _complement(tau: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
     """An orthonormal basis e_c - tau_c h of the vectors orthogonal to the unit vector tau: C - 1 instead of C columns.
 
     These are the columns, but one, of the Householder reflection that maps tau to -e_j. With j the most probable class
-    no entry is a difference of nearly equal numbers, unlike those for a fixed j or those of the Cholesky factor in the
-    order of the classes, which also divides 0 by 0 where probabilities underflow.
+    no entry is a difference of nearly equal numbers, and unlike in the Cholesky factor of diag(p) - p p^T (Tanabe and
+    Sagae, 1992) nothing is divided by sums of probabilities that may be 0.
 
     Args:
         tau: [V or 1, N, C].
@@ -287,7 +287,9 @@ def _binary_cross_entropy(module: nn.BCEWithLogitsLoss, input: Tensor, target: T
         if factors is None:
             continue
         full_name = f"BCEWithLogitsLoss {name}"
-        if torch.broadcast_shapes(factors.shape, shape) != shape:
+        if factors.dim() > len(shape) or any(
+            f not in (1, n) for f, n in zip(reversed(factors.shape), reversed(shape), strict=False)
+        ):
             raise ValueError(
                 f"{full_name}: expected a shape that broadcasts to {list(shape)}, got {list(factors.shape)}"
             )
@@ -313,12 +315,12 @@ def _binary_cross_entropy(module: nn.BCEWithLogitsLoss, input: Tensor, target: T
         return columns.view(end - begin, *shape), None
 
     def sampled(mc_samples: int) -> SquareRoot:
-        uniform = torch.rand(mc_samples, *shape, dtype=dtype, device=input.device)
-        drawn = uniform < input.detach().to(dtype).sigmoid()  # [M, N, *]
+        probabilities = input.to(dtype).sigmoid()  # [N, *]
+        drawn = torch.rand(mc_samples, *shape, dtype=dtype, device=input.device) < probabilities  # [M, N, *]
         factor = root / sqrt(mc_samples)
 
         def form_sampled(begin: int, end: int) -> tuple[Tensor, None]:
-            return ((input.to(dtype).sigmoid() - drawn[begin:end].to(dtype)) * factor).to(input.dtype), None
+            return ((probabilities - drawn[begin:end].to(dtype)) * factor).to(input.dtype), None
 
         return SquareRoot(mc_samples, form_sampled)
 
@@ -371,7 +373,7 @@ def _given(columns: Tensor) -> SquareRoot:
 def _is_mean(module: nn.Module) -> bool:
     if module.reduction not in ("mean", "sum"):
         raise ValueError(
-            f"{type(module).__name__} reduction: output must be scalar, expected 'mean' or 'sum', got "
+            f"{type(module).__name__} reduction: Output must be scalar: expected 'mean' or 'sum', got "
             f"{module.reduction!r}"
         )
     return module.reduction == "mean"
