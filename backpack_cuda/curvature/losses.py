@@ -57,8 +57,8 @@ def loss_hessian(module: nn.Module, *args, **kwargs) -> LossHessian:
     known = _known_hessian(module)
     if known is None:
         raise NotImplementedError(
-            f"no Hessian is known for the loss {type(module).__name__}: register_loss({type(module).__name__}, "
-            "hessian_sqrt) makes it known"
+            f"no Hessian is known for the loss {type(module).__name__}: make it known by "
+            f"backpack_cuda.curvature.register_loss({type(module).__name__}, hessian_sqrt)"
         )
     return known(module, *args, **kwargs)
 
