@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge
 from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.residuals import residual_sources
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -153,13 +154,8 @@ class Sweep:
                 )
 
     def _push_residuals(self, grad_prediction: Tensor, extensions: Sequence[SecondOrderExtension]) -> None:
-        from backpack_cuda.curvature.residuals import check_uses, residual_sources
-
-        for uses in self.uses.values():
-            if len(uses) > 1:
-                check_uses([layer.node for layer, _ in uses])
-        nodes = [layer.node for layer in self.layers]
-        for source in residual_sources(self.prediction, grad_prediction, nodes, self.batch_size):
+        layers = {layer.node: layer.parameters for layer in self.layers}
+        for source in residual_sources(self.prediction, grad_prediction, layers, self.batch_size):
             metadata = source.edge.node._input_metadata[source.edge.output_nr]
             column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
             self._push(Source(source.edge, source.root, column_bytes), extensions)

@@ -1,0 +1,340 @@
+"""Where a Hessian differs from the generalised Gauss-Newton matrix: the elementwise non-linear functions of a graph.
+
+With J_s the Jacobian from the parameters to a tensor s, the Hessian of the total loss l of a prediction f is
+
+    J_f^T (d2l/df2) J_f + sum over the functions y = phi(x) of J_x^T diag(phi''(x) dl/dy) J_x
+
+where every other function between parameters and prediction is linear, or piecewise linear, in whatever depends on a
+parameter, and every phi acts elementwise. This module finds them in the autograd graph and forms their diagonals. A
+function that is not known (functions.py) is an error.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, reduce
+from math import prod
+from operator import or_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import GradientEdge, Node, _get_grad_fn_or_grad_acc
+from torch.utils.checkpoint import CheckpointFunction
+
+from backpack_cuda.capture import LayerFunction, ObserverFunction
+from backpack_cuda.curvature.functions import (
+    BATCH_NORMS,
+    ELEMENTWISE,
+    LINEAR,
+    LINEAR_BUT_IN,
+    LINEAR_IF,
+    PRODUCTS,
+    STEPS,
+)
+from backpack_cuda.curvature.square_root import SquareRoot
+from backpack_cuda.stats import statistics_dtype
+
+
+class ResidualSource(NamedTuple):
+    """The curvature that one elementwise function adds to the Hessian, at its input x."""
+
+    edge: GradientEdge  # of x, where the columns start
+    root: SquareRoot  # of diag(phi''(x) dl/dy): columns one-hot in a feature of x, the curvature itself as signs
+    name: str  # of the function, for messages
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The walk through the graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _function(node_name: str) -> str:
+    """The function of a node, without the number of its overload: "NativeLayerNorm" of NativeLayerNormBackward0."""
+    return re.sub(r"Backward(s|\d*)(_copy)?$", "", node_name.rpartition("::")[2])
+
+
+def _readable(node: Node) -> str:
+    """The function of a node, for messages: "native_layer_norm"."""
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", _function(node.name())).lower()
+
+
+def _module_name(layer: Node) -> str:
+    is_observer = type(layer)._forward_cls is ObserverFunction
+    return type(layer.observation.module if is_observer else layer.module).__name__
+
+
+Layers = Mapping[Node, Mapping[str, Tensor]]  # the layers' nodes -> their parameters by name
+
+
+class _Source(NamedTuple):
+    """An elementwise function that is not linear in one of its operands."""
+
+    node: Node
+    operand: int
+    second_derivative: Callable[[Node], Tensor]
+
+
+class _Walk:
+    """Which parameters each node of a graph depends on, as the bits of an integer; two bits for each parameter.
+
+    The lower half of the bits stands for parameters that are reached past their layers' nodes, the upper half for those
+    reached through them: columns of a square root get to a parameter through its layer alone.
+    """
+
+    def __init__(self, layers: Layers):
+        self.sources: list[_Source] = []
+        self._names: list[str] = []  # of the parameters
+        self._own: dict[Node, int] = {}  # layer -> its parameters
+        self._leaves: dict[Node, int] = {}  # where a parameter enters the graph -> its bit
+        bits: dict[int, int] = {}  # id of a parameter -> its bit
+        for node, parameters in layers.items():
+            self._own[node] = 0
+            for name, parameter in parameters.items():
+                if id(parameter) not in bits:
+                    bits[id(parameter)] = self._leaves[_get_grad_fn_or_grad_acc(parameter)] = 1 << len(bits)
+                    self._names.append(f"{_module_name(node)}.{name}")
+                self._own[node] |= bits[id(parameter)]
+        self._count = len(bits)
+        self._past_layers = (1 << self._count) - 1
+
+    def run(self, root: Node) -> None:
+        """Visits all that `root` depends on, operands first."""
+        known: dict[Node | None, int] = {None: 0}
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in known:
+                stack.pop()
+                continue
+            operands = [operand for operand, _ in node.next_functions]
+            missing = [operand for operand in operands if operand not in known]
+            if missing:
+                stack.extend(missing)
+            else:
+                known[node] = self._visit(node, [known[operand] for operand in operands]) | self._leaves.get(node, 0)
+                stack.pop()
+        outside = known[root] & self._past_layers
+        if outside:
+            raise NotImplementedError(
+                f"{self._named(outside)} also acts on the prediction from outside of its module, where no quantity can "
+                "be formed: use it in the forward of extended modules only"
+            )
+
+    def _visit(self, node: Node, operands: list[int]) -> int:
+        """What `node` depends on, from what its operands depend on. Raises unless the function is known."""
+        union = reduce(or_, operands, 0)
+        if isinstance(node, BackwardCFunction):  # a function in Python, of any name
+            function = type(node)._forward_cls
+            if function is LayerFunction or function is ObserverFunction:
+                own = self._own.get(node, 0)
+                if function is LayerFunction:
+                    self._check_apart(node, operands[:2])  # input and weight
+                return union & ~own | own << self._count
+            if union or function is CheckpointFunction:  # a reentrant checkpoint may hide layers
+                raise _unknown(node)
+            return 0
+        if not union:
+            return 0
+        name = _function(node.name())
+        if name in LINEAR or (name in LINEAR_IF and LINEAR_IF[name](node)):
+            return union
+        if name in STEPS or getattr(node, "_saved_rounding_mode", None) is not None:  # a rounded quotient
+            return 0
+        if name in LINEAR_BUT_IN and not any(operands[LINEAR_BUT_IN[name] :][:1]):
+            return union
+        if name in BATCH_NORMS and not (operands[0] and node._saved_training):
+            self._check_apart(node, operands[:2])
+            return union
+        edges = node.next_functions
+        if name == "Mul" and len(edges) == 2 and edges[0] == edges[1]:  # x * x
+            self._add_source(node, 0, union, lambda node: torch.tensor(2.0))
+            return union
+        if name in PRODUCTS:
+            self._check_apart(node, [operands[i] for i in PRODUCTS[name] if i < len(operands)])
+            return union
+        if name in ELEMENTWISE:
+            self._check_apart(node, operands)
+            for operand, second_derivative in ELEMENTWISE[name].items():
+                if operand < len(operands) and operands[operand]:
+                    self._add_source(node, operand, operands[operand], second_derivative)
+            return union
+        raise _unknown(node)
+
+    def _add_source(
+        self, node: Node, operand: int, dependence: int, second_derivative: Callable[[Node], Tensor]
+    ) -> None:
+        inside = dependence & self._past_layers
+        if inside:
+            raise NotImplementedError(
+                f"no Hessian diagonal of {self._named(inside)}: its module is not linear in it, but applies "
+                f"{_readable(node)} to what depends on it"
+            )
+        operand_node, output_nr = node.next_functions[operand]
+        if operand_node._input_metadata[output_nr].dtype.is_complex:
+            raise _unknown(node)
+        self.sources.append(_Source(node, operand, second_derivative))
+
+    def _check_apart(self, node: Node, operands: Sequence[int]) -> None:
+        """Raises if operands that are multiplied with each other depend on the same parameter."""
+        seen = 0
+        for operand in operands:
+            parameters = (operand | operand >> self._count) & self._past_layers
+            if parameters & seen:
+                break
+            seen |= parameters
+        else:
+            return
+        names = self._named(parameters & seen)
+        if isinstance(node, BackwardCFunction):
+            raise NotImplementedError(
+                f"no Hessian diagonal of {names}: it is used again on what depends on its own earlier use, which adds "
+                f"terms between the two uses. {_ADVICE}"
+            )
+        raise NotImplementedError(
+            f"no Hessian diagonal: {_readable(node)} multiplies two tensors that both depend on {names}. {_ADVICE}"
+        )
+
+    def _named(self, parameters: int) -> str:
+        """The first names of a set of parameters."""
+        names = list(dict.fromkeys(name for i, name in enumerate(self._names) if parameters >> i & 1))
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+_ADVICE = "DiagGGNExact allows it"
+
+
+def _unknown(node: Node) -> NotImplementedError:
+    name = node.name()
+    if name.endswith("CopySlices"):
+        what = "a function that changes a view in place: apply it out of place"
+    elif name == "CheckpointFunctionBackward":
+        what = "torch.utils.checkpoint.checkpoint(..., use_reentrant=True): set use_reentrant=False"
+    elif isinstance(node, BackwardCFunction):
+        what = f"the autograd function {type(node)._forward_cls.__name__}, of which nothing is known"
+    elif _function(name) in BATCH_NORMS:
+        what = "a batch normalisation in training mode: call eval()"
+    else:
+        what = f"{_readable(node)} ({name})"
+    return NotImplementedError(
+        "no Hessian diagonal: functions of what depends on parameters must be linear, piecewise linear or elementwise, "
+        f"and known as such. This one is not: {what}. {_ADVICE}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sources
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def residual_sources(
+    prediction: Tensor, grad_prediction: Tensor, layers: Layers, batch_size: int
+) -> list[ResidualSource]:
+    """The curvature that elementwise functions between the layers and `prediction` add to the Hessian.
+
+    Runs backward passes through the graph, which it leaves intact. Differentiable under grad mode.
+
+    Args:
+        prediction: what the loss depends on.
+        grad_prediction: the loss' gradient there, of the same size.
+        layers: the nodes of the layers in the graph of `prediction` -> those of their parameters that count, by name;
+            all that use such a parameter. The others are constants.
+        batch_size: N. Tensors between the layers and the prediction have N entries along dimension 0, or the N * R of
+            a tensor [N, R, *] whose first dimensions were flattened.
+
+    Raises:
+        NotImplementedError: the graph has a function that is not known to be linear, piecewise linear or elementwise,
+            or more than one function of a parameter multiplied with each other.
+        ValueError: dimension 0 of some function's input or layer's output is not the batch, or samples are mixed.
+    """
+    walk = _Walk(layers)
+    walk.run(prediction.grad_fn)
+    if not walk.sources or not batch_size:
+        return []
+    names = [_readable(source.node) for source in walk.sources]
+    edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
+    # The prediction too, where the loss' columns start: beside the sources' columns the check costs nothing.
+    places = [f"the input of {name}" for name in names] + ["the prediction"]
+    starts = [*edges, GradientEdge(prediction.grad_fn, prediction.output_nr)]
+    check_samples_apart(list(zip(places, starts, strict=True)), layers, batch_size)
+    grad_outputs = torch.autograd.grad(  # dl/dy
+        prediction,
+        [GradientEdge(source.node, 0) for source in walk.sources],
+        grad_prediction,
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    result = []
+    for source, name, edge, grad_output in zip(walk.sources, names, edges, grad_outputs, strict=True):
+        if grad_output is not None:
+            curvature = source.second_derivative(source.node) * grad_output.to(statistics_dtype(grad_output.dtype))
+            x = edge.node._input_metadata[edge.output_nr]
+            result.append(ResidualSource(edge, _one_hot(curvature.sum_to_size(x.shape), x.dtype, batch_size), name))
+    return result
+
+
+def _one_hot(curvature: Tensor, dtype: torch.dtype, batch_size: int) -> SquareRoot:
+    """The square root of the diagonal matrix of `curvature` [N * R, *] with one column per feature of a sample.
+
+    The columns are free of square roots, which have no derivative at zero: the signs carry the values.
+    """
+    shape = curvature.shape
+    signs = curvature.reshape(batch_size, -1)  # [N, D]
+    count = signs.shape[1]
+
+    def form(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        columns = torch.zeros(end - begin, batch_size, count, dtype=dtype, device=signs.device)
+        columns.diagonal(begin, 0, 2).fill_(1.0)
+        return columns.view(end - begin, *shape), signs[:, begin:end].t().contiguous()
+
+    return SquareRoot(count, form)
+
+
+def check_samples_apart(sources: Sequence[tuple[str, GradientEdge]], layers: Layers, batch_size: int) -> None:
+    """Raises a ValueError unless columns that start at `sources`, each a name and an edge, stay within their samples.
+
+    The columns of all samples are pushed back at once, which is right only if dimension 0 is the batch everywhere and
+    samples do not act on each other. Columns of random signs for one half of the samples, drawn at random, must leave
+    nothing at the layers' outputs for the other half.
+    """
+    for name, edge in sources:
+        shape = edge.node._input_metadata[edge.output_nr].shape
+        if batch_size > 1 and (not shape or shape[0] % batch_size):
+            raise _mixed(name, shape, batch_size)
+    edges = [edge for _, edge in sources]
+    if batch_size < 2 or not edges or not _reach_others(edges, layers, batch_size):
+        return
+    name, edge = next((s for s in sources if _reach_others([s[1]], layers, batch_size)), sources[0])
+    raise _mixed(name, edge.node._input_metadata[edge.output_nr].shape, batch_size)
+
+
+def _mixed(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
+    return ValueError(
+        f"{name}: expected the {batch_size} samples of the batch along dimension 0, none of which acts on another "
+        f"between the layers and there; got size {list(shape)}, with samples that are not apart"
+    )
+
+
+def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int) -> bool:
+    """Whether, from `edges` back to the layers' outputs, a half of the samples leaves anything for the other half."""
+    outputs = [GradientEdge(node, i) for node in layers for i in range(len(node._input_metadata))]
+    draw = torch.Generator().manual_seed(0)
+    half = torch.randperm(batch_size, generator=draw) < batch_size // 2  # [N]
+    leaks = []
+    for chosen in (half, ~half):
+        columns = []
+        for edge in edges:
+            x = edge.node._input_metadata[edge.output_nr]
+            signs = torch.randint(2, (batch_size, prod(x.shape) // batch_size), generator=draw) * 2 - 1  # [N, D]
+            columns.append((signs * chosen[:, None]).to(x.device, x.dtype).view(x.shape))
+        gradients = torch.autograd.grad(edges, outputs, columns, retain_graph=True, allow_unused=True)
+        for node, gradient in zip([edge.node for edge in outputs], gradients, strict=True):
+            if gradient is None:
+                continue
+            if not gradient.dim() or gradient.shape[0] % batch_size:
+                raise _mixed(f"the output of {_module_name(node)}", gradient.shape, batch_size)
+            found = gradient.reshape(batch_size, -1)
+            leaks.append(((found != 0) & ~found.isnan() & ~chosen[:, None].to(found.device)).any())
+    return bool(torch.stack(leaks).any()) if leaks else False
