@@ -69,6 +69,24 @@ struct Tile {
   void (*run)(const ContractJob<Acc>&, const ContractRange<Acc>&);
 };
 
+// A tile of a sum of outer products: sum[m, v] += sum over positions p of left[p][m] * right[p][v], where p
+// runs over four nested dims.
+template <class Acc>
+struct ProductJob {
+  const Acc *left, *right;          // of the first position
+  int64_t left_pitch, right_pitch;  // elements between positions
+  int64_t count[4], stride[4];      // of positions, the innermost dim last
+  Acc* sum;                         // [mr, nv, lanes]
+  bool add;                         // to what `sum` holds
+};
+
+template <class Acc>
+struct ProductTile {
+  int mr, nv;  // mr numbers, or vectors where lanes are groups, times nv vectors; rows and columns share the
+               // panels of a pack, which mr divides
+  void (*run)(const ProductJob<Acc>&);
+};
+
 // Some columns of a strided matrix: `valid` columns at these element offsets, zeros from there to `width`.
 struct PackColumns {
   const int64_t* offset;  // [valid]
@@ -86,6 +104,10 @@ struct Kernels {
   int dense_count;
   const Tile<Acc>* grouped;  // for lanes_are_groups
   int grouped_count;
+  const ProductTile<Acc>* dense_products;
+  int dense_product_count;
+  const ProductTile<Acc>* grouped_products;  // lanes are groups
+  int grouped_product_count;
   // Copies rows of `columns` to dst[row * pitch + column], squared on request.
   void (*pack[kStorages])(const void* src, int64_t src_offset, int64_t row_stride, int64_t rows,
                           const PackColumns& columns, bool square, Acc* dst, int64_t pitch);
@@ -106,6 +128,8 @@ struct Kernels {
   // square[i] - sum[i]^2 * inverse_count, or kCancelled where less than 1/64 of square[i] is left; in place.
   void (*center)(const Acc* sum, Acc inverse_count, int64_t count, Acc* square);
   bool (*any_negative)(const Acc* x, int64_t count);
+  // Rows [row_begin, row_end) of a matrix [size, size] left of its diagonal, from the columns above it.
+  void (*mirror)(Acc* matrix, int64_t size, int64_t row_begin, int64_t row_end);
   // out[i] = scale * x[i]
   void (*scale)(const Acc* x, Acc scale, int64_t count, Acc* out);
 };

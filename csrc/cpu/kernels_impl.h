@@ -238,6 +238,59 @@ void contract(const ContractJob<Acc>& job, const ContractRange<Acc>& range) {
     }
 }
 
+// One tile of a sum of outer products.
+template <class Acc, int MR, int NV, bool kLanesAreGroups>
+void add_products(const ProductJob<Acc>& job) {
+  constexpr int L = kLanes<Acc>;
+  using V = Vector<Acc>;
+  const int64_t left_step = job.stride[3] * job.left_pitch, right_step = job.stride[3] * job.right_pitch;
+  V acc[MR][NV], block_sum[MR][NV];
+  FOR_TILE(m, v) acc[m][v] = V{};
+  bool blocks = false;
+  int64_t room = kRowsPerBlock;
+  for (int64_t i = 0; i < job.count[0]; ++i)
+    for (int64_t j = 0; j < job.count[1]; ++j)
+      for (int64_t k = 0; k < job.count[2]; ++k) {
+        const int64_t position = i * job.stride[0] + j * job.stride[1] + k * job.stride[2];
+        const Acc *left = job.left + position * job.left_pitch,
+                  *right = job.right + position * job.right_pitch;
+        for (int64_t begin = 0; begin < job.count[3];) {
+          if (room == 0) {
+            FOR_TILE(m, v) {
+              block_sum[m][v] = blocks ? block_sum[m][v] + acc[m][v] : acc[m][v];
+              acc[m][v] = V{};
+            }
+            blocks = true, room = kRowsPerBlock;
+          }
+          const int64_t end = min(job.count[3], begin + room);
+          room -= end - begin;
+          for (; begin < end; ++begin, left += left_step, right += right_step) {
+            V rv[NV];
+#pragma GCC unroll 32
+            for (int v = 0; v < NV; ++v) rv[v] = load(right + v * L);
+#pragma GCC unroll 32
+            for (int m = 0; m < MR; ++m) {
+              if constexpr (kLanesAreGroups) {
+                const V lv = load(left + m * L);
+#pragma GCC unroll 32
+                for (int v = 0; v < NV; ++v) acc[m][v] += rv[v] * lv;
+              } else {
+#pragma GCC unroll 32
+                for (int v = 0; v < NV; ++v) acc[m][v] += rv[v] * left[m];
+              }
+            }
+          }
+        }
+      }
+  if (blocks) {
+    FOR_TILE(m, v) acc[m][v] += block_sum[m][v];
+  }
+  if (job.add) {
+    FOR_TILE(m, v) acc[m][v] += load(job.sum + (m * NV + v) * L);
+  }
+  FOR_TILE(m, v) store_vector(job.sum + (m * NV + v) * L, acc[m][v]);
+}
+
 // --- Conversions. ---
 struct BFloat16 {
   uint16_t bits;
@@ -545,12 +598,38 @@ bool any_negative(const Acc* x, int64_t count) {
 }
 
 template <class Acc>
+void mirror(Acc* matrix, int64_t size, int64_t row_begin, int64_t row_end) {
+  constexpr int64_t P = kLanes<Acc>;
+  for (int64_t r = row_begin; r < row_end; r += P)
+    for (int64_t c = 0; c < min(r + P, row_end); c += P) {
+      if (r + P <= row_end && c + P <= r) {
+        typename Piece<Acc, P>::type x[P];
+#pragma GCC unroll 16
+        for (int l = 0; l < P; ++l) x[l] = load_piece<Acc, P>(matrix + (c + l) * size + r);
+        transpose<Acc, P>(x);
+#pragma GCC unroll 16
+        for (int l = 0; l < P; ++l) std::memcpy(matrix + (r + l) * size + c, &x[l], sizeof(x[l]));
+        continue;
+      }
+      for (int64_t row = r; row < min(r + P, row_end); ++row)
+        for (int64_t column = c; column < min(c + P, row); ++column)
+          matrix[row * size + column] = matrix[column * size + row];
+    }
+}
+
+template <class Acc>
 void scale(const Acc* x, Acc factor, int64_t count, Acc* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = x[i] * factor;
 }
 
 #define TILE(MR, NV) {MR, NV, contract<Acc, MR, NV, false>}
 #define GROUPED_TILE(MR, NV) {MR, NV, contract<Acc, MR, NV, true>}
+#define PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, false>}
+#define GROUPED_PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, true>}
+template <class Acc>
+constexpr ProductTile<Acc> kDenseProducts[] = {PRODUCT_TILES};
+template <class Acc>
+constexpr ProductTile<Acc> kGroupedProducts[] = {GROUPED_PRODUCT_TILES};
 template <class Acc>
 constexpr Tile<Acc> kDense[] = {DENSE_TILES};
 template <class Acc>
@@ -562,6 +641,10 @@ constexpr Kernels<float> kFloatKernels = {
     sizeof(kDense<float>) / sizeof(kDense<float>[0]),
     kGrouped<float>,
     sizeof(kGrouped<float>) / sizeof(kGrouped<float>[0]),
+    kDenseProducts<float>,
+    sizeof(kDenseProducts<float>) / sizeof(kDenseProducts<float>[0]),
+    kGroupedProducts<float>,
+    sizeof(kGroupedProducts<float>) / sizeof(kGroupedProducts<float>[0]),
     {pack<float, float>, nullptr, pack<BFloat16, float>, pack<Float16, float>},
     store_strip<float>,
     {sum<float, float>, nullptr, sum<BFloat16, float>, sum<Float16, float>},
@@ -571,6 +654,7 @@ constexpr Kernels<float> kFloatKernels = {
     deviation<float>,
     center<float>,
     any_negative<float>,
+    mirror<float>,
     scale<float>,
 };
 constexpr Kernels<double> kDoubleKernels = {
@@ -579,6 +663,10 @@ constexpr Kernels<double> kDoubleKernels = {
     sizeof(kDense<double>) / sizeof(kDense<double>[0]),
     kGrouped<double>,
     sizeof(kGrouped<double>) / sizeof(kGrouped<double>[0]),
+    kDenseProducts<double>,
+    sizeof(kDenseProducts<double>) / sizeof(kDenseProducts<double>[0]),
+    kGroupedProducts<double>,
+    sizeof(kGroupedProducts<double>) / sizeof(kGroupedProducts<double>[0]),
     {nullptr, pack<double, double>, nullptr, nullptr},
     store_strip<double>,
     {nullptr, sum<double, double>, nullptr, nullptr},
@@ -588,6 +676,7 @@ constexpr Kernels<double> kDoubleKernels = {
     deviation<double>,
     center<double>,
     any_negative<double>,
+    mirror<double>,
     scale<double>,
 };
 

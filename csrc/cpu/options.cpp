@@ -48,7 +48,11 @@ int64_t set_option(std::string name, int64_t value) {
     STD_TORCH_CHECK(value >= 0, "chunk_bytes must not be negative, got ", value);
     return std::exchange(options().chunk_bytes, value);
   }
-  STD_TORCH_CHECK(name == "method", "unknown option ", name, "; known: isa, chunk_bytes, method");
+  if (name == "kron") {
+    STD_TORCH_CHECK(value >= 0 && value <= 8, "kron must be 0 to 8, got ", value);
+    return std::exchange(options().kron, value);
+  }
+  STD_TORCH_CHECK(name == "method", "unknown option ", name, "; known: isa, chunk_bytes, kron, method");
   STD_TORCH_CHECK(value >= kAutomatic && value <= kProducts, "method must be 0 to ", int64_t(kProducts),
                   ", got ", value);
   return std::exchange(options().method, value);

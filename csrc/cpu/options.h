@@ -22,6 +22,8 @@ struct Options {
   int64_t isa = 0;          // vector bits: 512, 256, 128; 0: the widest that this CPU has
   int64_t chunk_bytes = 0;  // packed operands per chunk; 0: kChunkBytes
   int64_t method = kAutomatic;
+  int64_t kron = 0;  // Kronecker factors of convolutions: 1 to 4 unfold the last 0 to 3 dims, 5 to 8 do so
+                     // with lanes over groups; 0: the cheapest
 };
 Options& options();
 
