@@ -87,6 +87,8 @@ class Sweep:
             )
         self.batch_size = self._batch_size()
         _check_apart(mixing, self.batch_size, extensions)
+        self.input_factors: dict[tuple, Tensor | None] = {}
+        self.handed_out: dict[int, Tensor] = {}
         self.uses: dict[int, list[tuple[LayerCall, str]]] = {}  # id of a parameter -> its uses
         for layer in self.layers:
             for name, parameter in layer.parameters.items():
@@ -213,7 +215,9 @@ class Sweep:
                 source, edges, columns[0], retain_graph=True, create_graph=create_graph, allow_unused=True
             )
             return [None if grad is None else grad[None] for grad in found]
-        if not create_graph and columns.is_cuda:
+        import os
+
+        if not create_graph and (columns.is_cuda or os.environ.get("VM")):
             with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # an operation without batching rule
                 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
                 return list(
@@ -300,17 +304,39 @@ class Sweep:
         if self.state.curvature.get(key, ()) is None:
             return  # known to have no factors
         try:
-            output = ext.output_factor(use, name)
+            output = self._output_factor(ext, use, name)
             factors = self.state.curvature.get(key)
             if factors is None:
-                input = ext.input_factor(use, name)
+                input = self._input_factor(ext, use, name)
                 factors = [output] if input is None else [output, input]
             else:
-                factors[0] = factors[0] + output
+                factors = [factors[0] + output, *factors[1:]]
         except NoKroneckerFactors as reason:
             factors = None
             ext.without_factors(module, reason)
         self.state.curvature[key] = factors
+
+    def _output_factor(self, ext: KroneckerExtension, use: ColumnUse, name: str) -> Tensor:
+        """B, which weight and bias of a layer without groups have in common."""
+        key = (ext.effective_convention(use), use.groups(name))
+        if key not in use.output_factors:
+            use.output_factors[key] = ext.output_factor(use, name)
+        return use.output_factors[key]
+
+    def _input_factor(self, ext: KroneckerExtension, use: ColumnUse, name: str) -> Tensor | None:
+        """A, which layers with the same input (query, key and value) and several quantities have in common."""
+        identity = use.input_identity(name)
+        if identity is None:
+            return ext.input_factor(use, name)
+        key = (ext.effective_convention(use), identity)
+        if key not in self.input_factors:
+            self.input_factors[key] = ext.input_factor(use, name)
+        return self.input_factors[key]
+
+    def _unshared(self, factor: Tensor) -> Tensor:
+        copy = factor.clone() if id(factor) in self.handed_out else factor
+        self.handed_out[id(factor)] = factor
+        return copy
 
     def _save(self) -> None:
         """Puts the results so far on the parameters; a further loss replaces them by its sum with them."""
@@ -321,8 +347,10 @@ class Sweep:
                 result = self.state.curvature[id(parameter), id(ext)]
                 if result is None:
                     parameter.__dict__.pop(ext.savefield, None)
-                else:
-                    self.state.save(parameter, ext, ext.quantity(result))
+                    continue
+                if isinstance(ext, KroneckerExtension):  # factors in common are computed once, but handed out apart
+                    result = [self._unshared(factor) for factor in result]
+                self.state.save(parameter, ext, ext.quantity(result))
 
 
 def _layers(prediction: Tensor) -> tuple[list[LayerCall], list]:

@@ -42,13 +42,14 @@ class KroneckerExtension(SecondOrderExtension):
         self.convention = _one_of("convention", convention, CONVENTIONS)
         self.fail_mode = _one_of("fail_mode", fail_mode, FAIL_MODES)
 
-    def _convention(self, use: ColumnUse) -> str:
+    def effective_convention(self, use: ColumnUse) -> str:
+        """What "backpack" stands for at a use."""
         return "expand" if self.convention == "backpack" and not use.sums_positions else self.convention
 
     def input_factor(self, use: ColumnUse, name: str) -> Tensor | None:
         """A of a parameter; None for one with a single factor. May raise NoKroneckerFactors."""
         n, r = max(use.batch_size, 1), max(use.positions(), 1)
-        convention = self._convention(use)
+        convention = self.effective_convention(use)
         if convention == "reduce":
             sums = use.input_sums(name)  # [N, G * D]
             return None if sums is None else moment(sums, use.groups(name), 1.0 / (n * r * r))
@@ -56,7 +57,7 @@ class KroneckerExtension(SecondOrderExtension):
 
     def output_factor(self, use: ColumnUse, name: str) -> Tensor:
         """B of a parameter, of some columns. May raise NoKroneckerFactors."""
-        if self._convention(use) == "expand":
+        if self.effective_convention(use) == "expand":
             return use.output_moment(name)
         return moment(use.output_sums(name), use.groups(name))
 

@@ -5,7 +5,8 @@ output satisfy sum_v S_vn S_vn^T = H_n, then sum_v G_vn G_vn^T is H_n pulled bac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,11 @@ class ColumnUse(ABC):
     mixes_samples = False
     sums_positions = False
 
+    @cached_property
+    def output_factors(self) -> dict[tuple, Tensor]:
+        """Room for output factors that several parameters and quantities have in common."""
+        return {}
+
     @abstractmethod
     def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
         """Statistics of each named parameter; signs [V, N] or None. Differentiable under grad mode."""
@@ -58,6 +64,10 @@ class ColumnUse(ABC):
     def groups(self, name: str) -> int:
         """G, the number of blocks of the parameter's Kronecker factors."""
         return 1
+
+    def input_identity(self, name: str) -> Hashable | None:
+        """Equal for uses with equal input factors; None where that is not known."""
+        return None
 
     def input_moment(self, name: str, scale: float) -> Tensor | None:
         """scale * sum_nr a_nr a_nr^T, [D, D] or [G, D, D]; None for a parameter with an output factor only."""
@@ -108,6 +118,9 @@ class LinearColumns(ColumnUse):
     def positions(self) -> int:
         return prod(self.columns.shape[2:-1])
 
+    def input_identity(self, name: str) -> Hashable | None:
+        return _identity(self.input) if name == "weight" else None
+
     def input_moment(self, name: str, scale: float) -> Tensor | None:
         return dispatch.linear_kron_factor(self.input, scale) if name == "weight" else None
 
@@ -150,6 +163,11 @@ class ConvColumns(ColumnUse):
 
     def groups(self, name: str) -> int:
         return self.geometry.groups if name == "weight" else 1
+
+    def input_identity(self, name: str) -> Hashable | None:
+        if name != "weight":
+            return None
+        return (_identity(self.input), self.geometry, tuple(self.columns.shape[3:]))
 
     def input_moment(self, name: str, scale: float) -> Tensor | None:
         if name != "weight":
@@ -254,6 +272,11 @@ def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
     inputs = [_positions_flat(use.input, 1) for use, _ in uses]  # [N, T, I] each
     columns = [_positions_flat(use.columns, 2) for use, _ in uses]  # [V, N, T, O] each
     return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2))
+
+
+def _identity(tensor: Tensor) -> Hashable:
+    """Equal for the same values in the same memory, while that is in use."""
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
 
 
 def _positions_flat(rows: Tensor, leading: int) -> Tensor:
