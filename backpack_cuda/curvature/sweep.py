@@ -87,7 +87,7 @@ class Sweep:
             )
         self.batch_size = self._batch_size()
         _check_apart(mixing, self.batch_size, extensions)
-        self.input_factors: dict[tuple, Tensor | None] = {}
+        self.input_factors: dict[tuple, tuple[Tensor, Tensor]] = {}
         self.handed_out: dict[int, Tensor] = {}
         self.uses: dict[int, list[tuple[LayerCall, str]]] = {}  # id of a parameter -> its uses
         for layer in self.layers:
@@ -215,9 +215,7 @@ class Sweep:
                 source, edges, columns[0], retain_graph=True, create_graph=create_graph, allow_unused=True
             )
             return [None if grad is None else grad[None] for grad in found]
-        import os
-
-        if not create_graph and (columns.is_cuda or os.environ.get("VM")):
+        if not create_graph:
             with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # an operation without batching rule
                 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
                 return list(
@@ -330,8 +328,9 @@ class Sweep:
             return ext.input_factor(use, name)
         key = (ext.effective_convention(use), identity)
         if key not in self.input_factors:
-            self.input_factors[key] = ext.input_factor(use, name)
-        return self.input_factors[key]
+            # With the input itself, whose memory must not be used again while it is identified by that.
+            self.input_factors[key] = (ext.input_factor(use, name), use.input)
+        return self.input_factors[key][0]
 
     def _unshared(self, factor: Tensor) -> Tensor:
         copy = factor.clone() if id(factor) in self.handed_out else factor

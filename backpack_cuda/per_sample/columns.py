@@ -257,6 +257,8 @@ class SummedColumns(ColumnUse):
         return self._sum(lambda use, n: use.input_sums(n))
 
     def output_moment(self, name: str) -> Tensor:
+        if any(isinstance(use, LoopedColumns) for use, _ in self._uses):  # the whole block, of the summed gradients
+            return moment(self.output_sums(name), 1)
         return self._sum(lambda use, n: use.output_moment(n))
 
     def output_sums(self, name: str) -> Tensor:
