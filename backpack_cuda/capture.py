@@ -90,23 +90,9 @@ def _reached(node) -> bool | None:
         return None
 
 
-def _asked_for(node, accumulator, parameter: Tensor) -> bool:
-    """Whether the running backward pass forms the gradient of `parameter`, which `node` uses."""
-    reached = _reached(accumulator)
-    if reached is None:
-        # torch.autograd.grad() runs every use of a parameter that it was asked for. Another one may have uses that do
-        # not run, and the rest alone would give a wrong result.
-        others = [other for reference in _nodes.get(id(parameter), ()) if (other := reference()) is not None]
-        return all(other is node or torch._C._will_engine_execute_node(other) or _freed(other) for other in others)
-    return reached
-
-
-def _freed(node) -> bool:
-    """Whether an earlier backward pass went through `node` and freed what it had saved."""
-    try:
-        return not node.saved_tensors
-    except RuntimeError:
-        return True
+def _asked_for(accumulator) -> bool:
+    """Whether the running backward pass forms the gradient of the parameter with this gradient accumulator."""
+    return _reached(accumulator) is not False  # torch refuses to say it of leaves that torch.autograd.grad() asked for
 
 
 def in_operand_types(backward: Callable) -> Callable:
@@ -181,10 +167,10 @@ def parameters_of(node) -> dict[str, nn.Parameter]:
         return {
             name: parameter
             for edge, (name, parameter) in enumerate(node.parameters, start=1)
-            if node.needs_input_grad[edge] and _asked_for(node, node.next_functions[edge][0], parameter)
+            if node.needs_input_grad[edge] and _asked_for(node.next_functions[edge][0])
         }
     parameters = node.observation.parameters
-    return {name: p for name, p in parameters.items() if _asked_for(node, _get_grad_fn_or_grad_acc(p), p)}
+    return {name: p for name, p in parameters.items() if _asked_for(_get_grad_fn_or_grad_acc(p))}
 
 
 class Observation(NamedTuple):

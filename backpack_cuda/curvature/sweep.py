@@ -49,19 +49,46 @@ class LayerCall:
     def module(self) -> nn.Module:
         return self.node.module if isinstance(self.node, _LAYER_NODE) else self.node.observation.module
 
-    def use(self, columns: Sequence[Tensor | None], count: int) -> ColumnUse:
+    def use(self, columns: Sequence[Tensor | None], count: int, saved: tuple[Tensor | None, ...]) -> ColumnUse:
         """The layer's per-sample gradients from `count` columns [V, *output] at each of its outputs (None: zeros)."""
         filled = [
             torch.zeros(count, *m.shape, dtype=m.dtype, device=m.device) if c is None else c
             for c, m in zip(columns, self.node._input_metadata, strict=True)
         ]
         if isinstance(self.node, _LAYER_NODE):
-            input, _ = self.node.saved_tensors
-            return self.node.operation.columns(input, filled[0])
+            return self.node.operation.columns(saved[0], filled[0])
         observation = self.node.observation._replace(parameters=self.parameters)
-        args, kwargs = observation.rebuild_inputs(self.node.saved_tensors)
+        args, kwargs = observation.rebuild_inputs(saved)
         form = observation.form
         return LoopedColumns([form(observation, args, kwargs, grads) for grads in zip(*filled, strict=True)])
+
+
+class _ReadSaved(torch.autograd.Function):
+    """Its backward reads what graph nodes have saved, in a backward pass of its own.
+
+    Activation checkpointing allows each saved tensor to be read once per backward pass: the one that runs now is the
+    layers' own.
+    """
+
+    @staticmethod
+    def forward(ctx, trigger, layers, saved):
+        ctx.layers, ctx.saved = layers, saved
+        return trigger.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.saved.extend(layer.node.saved_tensors for layer in ctx.layers)
+        return grad, None, None
+
+
+def _saved_tensors(layers: Sequence[LayerCall]) -> list[tuple[Tensor | None, ...]]:
+    """What each layer's node has saved."""
+    saved = []
+    with torch.enable_grad():
+        trigger = torch.zeros((), requires_grad=True)
+        read = _ReadSaved.apply(trigger, layers, saved)
+    torch.autograd.grad(read, trigger, create_graph=torch.is_grad_enabled())
+    return saved
 
 
 class Source(NamedTuple):
@@ -110,6 +137,7 @@ class Sweep:
         for ext in self.extensions:
             by_root.setdefault((ext.root.kind, ext.root.mc_samples), []).append(ext)
         with self._marked():
+            self.saved = dict(zip(map(id, self.layers), _saved_tensors(self.layers), strict=True))
             for (kind, mc_samples), extensions in by_root.items():
                 if kind == "exact":
                     every = any(ext.needs_every_column for ext in extensions)
@@ -133,12 +161,16 @@ class Sweep:
         self._check_samples_apart(per_sample)
 
         def form(begin: int, end: int) -> tuple[Tensor, None]:
-            columns = self.prediction.new_zeros(end - begin, self.batch_size, per_sample, *self.prediction.shape[1:])
-            for k in range(begin, end):
-                row, v = divmod(k, root.count)
-                column = root.form(v, v + 1)[0].unflatten(1, (self.batch_size, per_sample))
-                columns[k - begin, :, row] = column[0, :, row]
-            return columns.flatten(1, 2), None
+            # Column v * R + r is column v at the r-th row of each sample, zero at the others.
+            first = begin // per_sample
+            found, _ = root.form(first, (end - 1) // per_sample + 1)
+            found = found.unflatten(1, (self.batch_size, per_sample))  # [V_c, N, R, ...]
+            v = torch.arange(begin, end, device=found.device)
+            row = v % per_sample
+            kept = found[v // per_sample - first, :, row]  # [end - begin, N, ...]
+            index = row.view(-1, 1, 1, *(1,) * (kept.dim() - 2)).expand(kept.unsqueeze(2).shape)
+            columns = kept.new_zeros(*kept.shape[:2], per_sample, *kept.shape[2:])
+            return columns.scatter(2, index, kept.unsqueeze(2)).flatten(1, 2), None
 
         return SquareRoot(root.count * per_sample, form)
 
@@ -188,7 +220,7 @@ class Sweep:
             for layer in self.layers:
                 grads = [next(found) for _ in layer.edges]
                 if reaches_all or any(grad is not None for grad in grads):
-                    uses[id(layer)] = layer.use(grads, len(columns))
+                    uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
             self._collect(uses, signs, extensions, begin, total)
 
     def _step(self, source: Source) -> int:
