@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
-from backpack_cuda.curvature.residuals import residual_sources
+from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -158,7 +158,10 @@ class Sweep:
         if rows == self.batch_size:
             return root
         per_sample = rows // self.batch_size
-        self._check_samples_apart(per_sample)
+        edge = GradientEdge(self.prediction.grad_fn, self.prediction.output_nr)
+        check_samples_apart(
+            [(f"the prediction, of {per_sample} rows for each sample", edge)], self._nodes(), self.batch_size
+        )
 
         def form(begin: int, end: int) -> tuple[Tensor, None]:
             # Column v * R + r is column v at the r-th row of each sample, zero at the others.
@@ -174,22 +177,11 @@ class Sweep:
 
         return SquareRoot(root.count * per_sample, form)
 
-    def _check_samples_apart(self, rows: int) -> None:
-        """Rows [0, R) of the prediction must be those of sample 0."""
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.zeros(self.prediction.shape, dtype=torch.float32)
-        probe[:rows] = torch.rand(rows, *probe.shape[1:], generator=generator) + 0.5
-        edges = [edge for layer in self.layers for edge in layer.edges]
-        for grad in self._pull_back(self.prediction, edges, probe.to(self.prediction)[None]):
-            if grad is not None and grad.shape[1] == self.batch_size and grad[:, 1:].any():
-                raise ValueError(
-                    f"the prediction {list(self.prediction.shape)} has {rows} rows for each of the {self.batch_size} "
-                    "samples that the layers see, but not one sample after the other; keep dimension 0 for the samples"
-                )
+    def _nodes(self) -> dict[Node, dict[str, nn.Parameter]]:
+        return {layer.node: layer.parameters for layer in self.layers}
 
     def _push_residuals(self, grad_prediction: Tensor, extensions: Sequence[SecondOrderExtension]) -> None:
-        layers = {layer.node: layer.parameters for layer in self.layers}
-        for source in residual_sources(self.prediction, grad_prediction, layers, self.batch_size):
+        for source in residual_sources(self.prediction, grad_prediction, self._nodes(), self.batch_size):
             metadata = source.edge.node._input_metadata[source.edge.output_nr]
             column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
             self._push(Source(source.edge, source.root, column_bytes), extensions)
