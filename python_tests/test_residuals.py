@@ -6,13 +6,16 @@ A small driver forms Hessian diagonals from the sources alone; the oracle is dou
 import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, named
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import backpack_cuda as bp
 from backpack_cuda.capture import LayerFunction, ObserverFunction
+from backpack_cuda.curvature import functions, residuals
 from backpack_cuda.curvature.residuals import ResidualSource, residual_sources
 
 
@@ -74,7 +77,7 @@ def dense_diagonal(model: nn.Module, loss: Callable, x: Tensor) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     result = []
     for parameter in parameters:
-        (gradient,) = torch.autograd.grad(loss(model(x)), parameter, create_graph=True)
+        (gradient,) = torch.autograd.grad(loss(model(x)), parameter, create_graph=True, materialize_grads=True)
         entries = []
         for i in range(parameter.numel()):
             row = None
@@ -98,7 +101,8 @@ def check(model: nn.Module, x: Tensor, loss: Callable | None = None) -> None:
     expected = dense_diagonal(model, loss, x)
     actual = diagonal_from_sources(bp.extend(copy.deepcopy(model)), loss, x)
     scale = max(e.abs().max().item() for e in expected)
-    for name, a, e in zip(dict(model.named_parameters()), actual, expected, strict=True):
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name, a, e in zip(names, actual, expected, strict=True):
         assert_close(name, a, e, 1e-10, scale)
 
 
@@ -116,7 +120,7 @@ class Apply(nn.Module):
 def sandwich(function: Callable[[Tensor], Tensor], shape: tuple[int, ...] = (2, 3, 4)) -> nn.Module:
     """A layer, an elementwise function, and `function` of a tensor [N, *shape]."""
     return nn.Sequential(
-        nn.Linear(2, torch.Size(shape).numel()), Apply(torch.sin), nn.Unflatten(1, shape), Apply(function)
+        nn.Linear(1, torch.Size(shape).numel(), False), Apply(torch.sin), nn.Unflatten(1, shape), Apply(function)
     )
 
 
@@ -237,3 +241,635 @@ def test_far_points(function):
     finite = values.isfinite()
     assert single.dtype == torch.float32 and single[finite].isfinite().all()
     torch.testing.assert_close(single[finite].double(), actual[finite], rtol=2e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions without curvature of their own
+# ---------------------------------------------------------------------------------------------------------------------
+
+INDEX = torch.tensor([1, 0])
+
+
+def like(x: Tensor, *shape: int) -> Tensor:
+    """Numbers of x's type that are no two alike."""
+    return torch.linspace(-1.0, 1.3, torch.Size(shape).numel(), dtype=x.dtype).view(shape)
+
+
+def assigned(x: Tensor, change: Callable[[Tensor], None]) -> Tensor:
+    """A copy of x after a change in place."""
+    copied = x.clone()
+    change(copied)
+    return copied
+
+
+def into_zeros(x: Tensor) -> Tensor:
+    result = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+    result[..., ::2] = x
+    result[..., 1::2] = 2 * x
+    return result
+
+
+FREE = {  # of x [N, 2, 3, 4]
+    "add": lambda x: x + 2 * x.flip(1) + 1.0,
+    "add in place": lambda x: assigned(x, lambda c: c.add_(x).mul_(2).div_(3)),
+    "sub": lambda x: 1 - x - x.flip(1),
+    "rsub": lambda x: torch.rsub(x, like(x, 4)),
+    "neg": lambda x: -x,
+    "mul": lambda x: 2 * x * like(x, 3, 4),
+    "div": lambda x: x / 3 / (like(x, 3, 4) + 5),
+    "mm": lambda x: x.flatten(0, 2).mm(like(x, 4, 2)).view(len(x), -1),
+    "matmul": lambda x: like(x, 3, 3) @ (x @ like(x, 4, 2)),
+    "mv": lambda x: x @ like(x, 4),
+    "mv of matrices": lambda x: torch.stack([m.mv(like(x, 4)) for m in x.flatten(1, 2)]),
+    "dot": lambda x: torch.stack([row.flatten().dot(like(x, 24)) for row in x])[:, None],
+    "bmm": lambda x: x.flatten(1, 2).bmm(like(x, len(x), 4, 5)),
+    "addmm": lambda x: torch.addmm(x[:, 0, 0, :1], x.flatten(1), like(x, 24, 5)),
+    "addmv": lambda x: torch.stack([torch.addmv(like(x, 6), m, like(x, 4)) for m in x.flatten(1, 2)]),
+    "addbmm": lambda x: torch.stack([torch.addbmm(like(x, 3, 2), m, like(x, 2, 4, 2)) for m in x]),
+    "baddbmm": lambda x: torch.baddbmm(like(x, 2), x.flatten(1, 2), like(x, len(x), 4, 2)),
+    "addr": lambda x: torch.stack([torch.addr(like(x, 24, 2), m.flatten(), like(x, 2)) for m in x]),
+    "addcmul": lambda x: torch.addcmul(x, x.flip(1), like(x, 4), value=0.5),
+    "addcdiv": lambda x: torch.addcdiv(x, x.flip(1), like(x, 4) + 3),
+    "lerp": lambda x: torch.lerp(x, 2 * x.flip(1), 0.3),
+    "lerp by a tensor": lambda x: torch.lerp(x, 2 * x.flip(1), like(x, 4)),
+    "linear": lambda x: F.linear(x, like(x, 5, 4), like(x, 5)),
+    "linear with trained weight": lambda x: F.linear(x, like(x, 5, 4).requires_grad_(), like(x, 5).requires_grad_()),
+    "einsum": lambda x: torch.einsum("nchw,hwo->nco", x, like(x, 3, 4, 2)),
+    "bilinear": lambda x: F.bilinear(x, like(x, *x.shape[:3], 2), like(x, 3, 4, 2)),
+    "cross": lambda x: torch.linalg.cross(x, like(x, 3, 1).expand_as(x), dim=2),
+    "kron": lambda x: torch.stack([torch.kron(m.flatten(1), like(x, 2, 2)) for m in x]),
+    "conv1d": lambda x: F.conv1d(x.flatten(1, 2), like(x, 2, 6, 3), like(x, 2)),
+    "conv2d": lambda x: F.conv2d(x, like(x, 3, 2, 2, 2), padding=1),
+    "conv3d": lambda x: F.conv3d(x[:, None], like(x, 2, 1, 2, 2, 2)),
+    "conv transpose": lambda x: F.conv_transpose2d(x, like(x, 2, 3, 2, 2), stride=2),
+    "sum": lambda x: torch.stack([m.sum() for m in x])[:, None] + x.sum((1, 2)),
+    "mean": lambda x: torch.stack([m.mean() for m in x])[:, None] + x.mean((1, 2)),
+    "nansum": lambda x: x.nansum(1),
+    "cumsum": lambda x: x.cumsum(2),
+    "trace": lambda x: torch.stack([m[0].trace() for m in x])[:, None],
+    "diff": lambda x: x.diff(),
+    "trapezoid": lambda x: torch.trapezoid(x),
+    "view": lambda x: x.view(len(x), -1).view(len(x), 4, 6).reshape(len(x), 3, 8),
+    "reshape": lambda x: x.transpose(1, 2).reshape(len(x), -1),
+    "permute": lambda x: x.permute(0, 3, 1, 2).movedim(1, 2).swapaxes(2, 3).mT,
+    "t": lambda x: torch.stack([m[0].t() for m in x]),
+    "expand": lambda x: x[:, :1].expand(-1, 5, -1, -1),
+    "repeat": lambda x: x.repeat(1, 2, 1, 1).tile(2),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1).repeat_interleave(torch.tensor([1, 2, 1]), 2),
+    "squeeze": lambda x: x[:, :1].squeeze().unsqueeze(1).squeeze(1).unsqueeze(1).squeeze((1,)),
+    "flip": lambda x: x.flip(2),
+    "roll": lambda x: x.roll(1, 2),
+    "rot90": lambda x: x.rot90(1, (2, 3)),
+    "unfold": lambda x: x.unfold(2, 2, 1),
+    "as_strided": lambda x: (x * 1).as_strided((len(x), 3, 2), (24, 4, 2), 1),
+    "F.unfold": lambda x: F.unfold(x, 2),
+    "F.fold": lambda x: F.fold(x.reshape(len(x), 4, 6), (3, 4), 2),
+    "diagonal": lambda x: x.diagonal(0, 2, 3),
+    "diag": lambda x: torch.stack([m[0].diag() for m in x]),
+    "diag_embed": lambda x: x.diag_embed(),
+    "tril": lambda x: x.tril() + 2 * x.triu(1),
+    "block_diag": lambda x: torch.stack([torch.block_diag(*m) for m in x]),
+    "select": lambda x: x[:, 1, 2],
+    "slice": lambda x: x[:, :, 1:, ::2],
+    "index": lambda x: x[:, [1, 0, 1]],
+    "index_select": lambda x: x.index_select(2, torch.tensor([0, 2, 2])),
+    "gather": lambda x: x.gather(1, INDEX[None, :, None, None].expand(x.shape)),
+    "take_along_dim": lambda x: x.take_along_dim(INDEX[None, :, None, None], 1),
+    "take": lambda x: torch.stack([m.take(INDEX) for m in x]),
+    "masked_select": lambda x: torch.stack([m.masked_select(like(x, 2, 3, 4) > 0) for m in x]),
+    "masked_fill": lambda x: x.masked_fill(x > 0.5, 1.0).masked_fill(x < -0.5, x.new_tensor(2.0)),
+    "masked_scatter": lambda x: torch.stack([m.masked_scatter(like(m, 2, 3, 4) > 0, 2 * m.flip(0)) for m in x]),
+    "scatter": lambda x: like(x, *x.shape).scatter(1, INDEX[None, :, None, None].expand(x.shape), x),
+    "scatter a value": lambda x: x.scatter(1, INDEX[None, :1, None, None].expand(len(x), 1, 3, 4), 1.0),
+    "scatter_add": lambda x: like(x, *x.shape).scatter_add(1, INDEX[None, :, None, None].expand(x.shape), x),
+    "scatter_reduce": lambda x: like(x, *x.shape).scatter_reduce(
+        1, INDEX[None, :, None, None].expand(x.shape), x, "sum"
+    ),
+    "index_add": lambda x: x.index_add(1, INDEX, 2 * x),
+    "index_copy": lambda x: x.index_copy(1, INDEX[:1], 2 * x[:, :1]),
+    "index_fill": lambda x: x.index_fill(1, INDEX[:1], 1.0),
+    "index_put": lambda x: x.index_put((torch.arange(len(x)), INDEX[:1]), 2 * x[:, 0]),
+    "put": lambda x: torch.stack([m.put(INDEX, 2 * m.flatten()[2:4]) for m in x]),
+    "mask assigned": lambda x: assigned(x, lambda c: c.__setitem__(x > 0.5, 0.0)),
+    "slice assigned": lambda x: assigned(x, lambda c: c.__setitem__((slice(None), 0), 3 * x[:, 1])),
+    "slices of zeros assigned": into_zeros,
+    "slice scaled in place": lambda x: assigned(x, lambda c: c[:, 0].mul_(3)),
+    "filled in place": lambda x: assigned(x, lambda c: c[:, 0].fill_(3.0)),
+    "all filled in place": lambda x: x + assigned(x, lambda c: c.fill_(3.0)),
+    "zeroed in place": lambda x: x + assigned(x, lambda c: c.zero_()),
+    "copied in place": lambda x: torch.zeros_like(x).copy_(x),
+    "slice_scatter": lambda x: x.slice_scatter(2 * x[:, :1], 1, 0, 1),
+    "select_scatter": lambda x: x.select_scatter(2 * x[:, 0], 1, 1),
+    "diagonal_scatter": lambda x: x.diagonal_scatter(2 * x.diagonal(0, 2, 3), 0, 2, 3),
+    "as_strided_scatter": lambda x: torch.as_strided_scatter(x, 2 * x[:, 0, 0], (len(x), 4), (24, 1)),
+    "split": lambda x: torch.cat([2 * part for part in x.split(1, 1)] + list(x.split([1, 2], 2)[0].split(1, 1)), 2),
+    "chunk": lambda x: torch.stack([3 * x.chunk(2, 3)[1], x.tensor_split(2, 3)[0]], 1),
+    "unsafe chunk": lambda x: x.unsafe_chunk(2, 3)[1] + x.unsafe_split_with_sizes((2, 2), 3)[0],
+    "unbind": lambda x: torch.stack([2 * part for part in x.unbind(1)], 3),
+    "pad": lambda x: F.pad(x, (1, 2, 0, 1)),
+    "reflect": lambda x: F.pad(x, (1, 1, 1, 1), "reflect"),
+    "reflect 1d": lambda x: F.pad(x[:, 0], (1, 1), "reflect"),
+    "reflect 3d": lambda x: F.pad(x[:, None], (1, 1, 1, 1, 1, 1), "reflect"),
+    "replicate": lambda x: F.pad(x, (1, 1, 1, 1), "replicate"),
+    "replicate 1d": lambda x: F.pad(x[:, 0], (1, 1), "replicate"),
+    "replicate 3d": lambda x: F.pad(x[:, None], (1, 1, 1, 1, 1, 1), "replicate"),
+    "circular": lambda x: F.pad(x, (1, 1, 1, 1), "circular"),
+    "contiguous": lambda x: x.contiguous(memory_format=torch.channels_last).transpose(1, 2).contiguous(),
+    "to": lambda x: x.to(torch.float64, copy=True).clone(),
+    "alias": lambda x: torch.ops.aten.alias(x),
+    "detached sum": lambda x: x + x.detach().square() * x.detach(),
+    "relu": lambda x: F.relu(x) + F.relu_(x - 0.3),
+    "relu in place": lambda x: F.relu(assigned(x, lambda c: c.mul_(2)), inplace=True),
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "prelu": lambda x: F.prelu(x, like(x, 2)),
+    "rrelu": lambda x: F.rrelu(x),
+    "rrelu in train mode": lambda x: repeatable(F.rrelu, x, training=True),
+    "hardtanh": lambda x: F.hardtanh(x, -0.5, 0.5) + F.relu6(x),
+    "shrink": lambda x: F.hardshrink(x, 0.3) + F.softshrink(x, 0.2),
+    "threshold": lambda x: F.threshold(x, 0.1, 2.0),
+    "abs": lambda x: x.abs(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5) + x.clamp_min(0.1) + x.clamp_max(0.2) + x.clamp(like(x, 4), like(x, 4) + 1),
+    "maximum": lambda x: torch.maximum(x, x.flip(1)) + torch.minimum(x, 2 * x.flip(1)) + x.clamp_min(like(x, 4)),
+    "fmax": lambda x: torch.fmax(x, x.flip(1)) + torch.fmin(x, 2 * x.flip(1)),
+    "max": lambda x: x.amax(1) + x.max(1)[0] + 2 * x.amin(1) + x.min(1)[0] + x.aminmax(dim=1)[0],
+    "max of all": lambda x: torch.stack([m.max() + m.min() + m.median() + m.nanmedian() for m in x])[:, None],
+    "sort": lambda x: x.sort(3)[0] + x.topk(4, 3)[0] + x.kthvalue(2, 3)[0][..., None] + x.median(3)[0][..., None],
+    "mode": lambda x: x.mode(3)[0] + x.nanmedian(3)[0],
+    "quantile": lambda x: x.quantile(0.3, 3),
+    "cummax": lambda x: x.cummax(3)[0] + x.cummin(3)[0],
+    "where": lambda x: torch.where(x > 0, 2 * x, x.flip(1)),
+    "steps": lambda x: x * x.sign() + x * (3 * x).floor() + x * x.ceil() + x * (3 * x).round() + x * (2 * x).trunc(),
+    "rounded quotients": lambda x: x + torch.div(like(x, 4), x, rounding_mode="floor").clamp(-3, 3),
+    "remainder": lambda x: x % 0.7 + torch.fmod(x, 0.3) + x.frac() + x.remainder(like(x, 4).abs() + 1),
+    "max_pool": lambda x: F.max_pool2d(x, 2, 1) + F.max_pool3d(x[:, None], (1, 2, 2), 1)[:, 0],
+    "max_pool1d": lambda x: F.max_pool1d(x[:, 0], 2),
+    "adaptive_max_pool": lambda x: F.adaptive_max_pool2d(x, 2) + F.adaptive_max_pool3d(x[:, None], (2, 2, 2))[:, 0],
+    "adaptive_max_pool1d": lambda x: F.adaptive_max_pool1d(x[:, 0], 3),
+    "fractional_max_pool": lambda x: F.fractional_max_pool2d(
+        x, 2, output_size=2, _random_samples=torch.full((len(x), 2, 2), 0.4, dtype=x.dtype)
+    ),
+    "fractional_max_pool3d": lambda x: F.fractional_max_pool3d(
+        x[:, None], (1, 1, 2), output_size=(1, 2, 2), _random_samples=torch.full((len(x), 1, 3), 0.4, dtype=x.dtype)
+    ),
+    "max_unpool": lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2, output_size=(3, 4)),
+    "max_unpool3d": lambda x: F.max_unpool3d(*F.max_pool3d(x[:, None], (1, 1, 2), return_indices=True), (1, 1, 2)),
+    "avg_pool": lambda x: F.avg_pool2d(x, 2, 1) + F.avg_pool3d(x[:, None], (1, 2, 2), 1)[:, 0],
+    "avg_pool1d": lambda x: F.avg_pool1d(x[:, 0], 2),
+    "adaptive_avg_pool": lambda x: F.adaptive_avg_pool2d(x, 2) + F.adaptive_avg_pool3d(x[:, None], (2, 2, 2))[:, 0],
+    "adaptive_avg_pool1d": lambda x: F.adaptive_avg_pool1d(x[:, 0], 3),
+    "nearest": lambda x: F.interpolate(x, scale_factor=2) + F.interpolate(x, scale_factor=2, mode="nearest-exact"),
+    "nearest 1d": lambda x: F.interpolate(x[:, 0], 5) + F.interpolate(x[:, 0], 5, mode="nearest-exact"),
+    "nearest 3d": lambda x: F.interpolate(x[:, None], 3) + F.interpolate(x[:, None], 3, mode="nearest-exact"),
+    "linear 1d": lambda x: F.interpolate(x[:, 0], 6, mode="linear"),
+    "bilinear 2d": lambda x: F.interpolate(x, 4, mode="bilinear") + F.interpolate(x, 4, mode="bicubic"),
+    "antialias": lambda x: (
+        F.interpolate(x, 2, mode="bilinear", antialias=True) + F.interpolate(x, 2, mode="bicubic", antialias=True)
+    ),
+    "trilinear": lambda x: F.interpolate(x[:, None], 3, mode="trilinear"),
+    "area": lambda x: F.interpolate(x, 2, mode="area"),
+    "pixel_shuffle": lambda x: F.pixel_shuffle(x.reshape(len(x), 8, 3, 1), 2),
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x.reshape(len(x), 1, 4, 6), 2),
+    "channel_shuffle": lambda x: F.channel_shuffle(x.reshape(len(x), 4, 3, 2), 2),
+    "grid_sample": lambda x: F.grid_sample(x, like(x, len(x), 3, 3, 2), align_corners=False),
+    "grid_sample 3d": lambda x: F.grid_sample(x[:, None], like(x, len(x), 2, 2, 2, 3), align_corners=False),
+    "affine_grid": lambda x: F.affine_grid(x[:, 0, :2, :3], (len(x), 1, 2, 2), align_corners=False),
+    "dropout": lambda x: repeatable(F.dropout, x, 0.5) + repeatable(F.dropout2d, x, 0.5),
+    "alpha_dropout": lambda x: repeatable(F.alpha_dropout, x, 0.5, True),
+    "native dropout": lambda x: repeatable(torch.native_dropout, x, 0.5, True)[0],
+    "batch_norm": lambda x: F.batch_norm(x, like(x, 2), like(x, 2) + 2, like(x, 2), like(x, 2)),
+    "embedding": lambda x: torch.stack([F.embedding(INDEX, m.flatten(0, 1)) for m in x]),
+    "fft": lambda x: torch.fft.irfft(torch.fft.rfft(x) * torch.complex(like(x, 3), like(x, 3)), 4),
+    "complex fft": lambda x: torch.view_as_real(torch.fft.fft2(torch.complex(x, 2 * x)).conj().resolve_conj()),
+    "real and imaginary part": lambda x: (
+        torch.fft.ifft(x).real + torch.view_as_complex(torch.stack([x, 2 * x], -1)).imag
+    ),
+}
+
+
+def repeatable(function: Callable, *args, **kwargs):
+    """The same random draws at every call."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return function(*args, **kwargs)
+
+
+@named("function", FREE)
+def test_free_function(function):
+    """Linear and piecewise linear functions behind an elementwise one."""
+    check(sandwich(lambda x: function(x).flatten(1)), torch.randn(2, 1))
+
+
+# Functions that torch does not differentiate twice, as others that it does.
+EQUIVALENT = {
+    "hardsigmoid": (F.hardsigmoid, lambda x: (x / 6 + 0.5).clamp(0, 1)),
+    "embedding_bag": (
+        lambda x: torch.stack([F.embedding_bag(INDEX[None], m.flatten(0, 1), mode="sum")[0] for m in x]),
+        lambda x: x.flatten(1, 2)[:, :2].sum(1),
+    ),
+    "embedding_bag with weights": (
+        lambda x: torch.stack(
+            [F.embedding_bag(INDEX[None], m.flatten(0, 1), mode="sum", per_sample_weights=like(x, 1, 2))[0] for m in x]
+        ),
+        lambda x: -1.0 * x[:, 0, 1] + 1.3 * x[:, 0, 0],
+    ),
+}
+
+
+@named("function, equivalent", EQUIVALENT)
+def test_function_without_second_derivative(function, equivalent):
+    model, x = sandwich(function).double(), torch.randn(2, 1, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    twin[3].function = equivalent
+    actual = diagonal_from_sources(bp.extend(model), lambda f: f.square().sum(), x)
+    assert_close("weight", actual[0], dense_diagonal(twin, lambda f: f.square().sum(), x)[0], 1e-7)
+
+
+def function_names(output: Tensor) -> set[str]:
+    found, seen, stack = set(), {None}, [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            found.add(residuals._function(node.name()))
+            stack.extend(operand for operand, _ in node.next_functions)
+    return found
+
+
+def test_every_known_function_is_tested():
+    """But those of CUDA and of other versions of torch."""
+    found = set()
+    x = torch.linspace(-0.9, 0.9, 48, dtype=torch.float64).view(2, 2, 3, 4).requires_grad_()
+    for function in [*FREE.values(), *(function for function, _ in EQUIVALENT.values())]:
+        found |= function_names(function(x * 1))
+    for function in ELEMENTWISE.values():
+        found |= function_names(function(x[:, 0, 0] * 1))
+    known = functions.LINEAR | functions.STEPS | functions.BATCH_NORMS
+    known = known.union(functions.LINEAR_IF, functions.LINEAR_BUT_IN, functions.PRODUCTS, functions.ELEMENTWISE)
+    missing = {"NativeLayerNorm", "NativeGroupNorm"}  # in test_model
+    missing |= {"ReshapeAlias", "UnsafeSplitWithSizes", "CudnnBatchNorm", "MiopenBatchNorm", "Linear"}
+    assert sorted(known - found - missing) == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions that are refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Sigmoid(torch.autograd.Function):
+    """Not what its name says."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return 2 * ctx.saved_tensors[0] * grad_output
+
+
+REFUSED = {  # of x [N, 2, 3, 4]: a word of the message, the function
+    "layer_norm": ("native_layer_norm", lambda x: F.layer_norm(x, (4,))),
+    "group_norm": ("native_group_norm", lambda x: F.group_norm(x, 1)),
+    "instance_norm": ("training mode", lambda x: F.instance_norm(x)),
+    "rms_norm": ("mul multiplies", lambda x: F.rms_norm(x, (4,))),
+    "batch_norm in training mode": ("training mode", lambda x: F.batch_norm(x, None, None, training=True)),
+    "local_response_norm": ("div multiplies", lambda x: F.local_response_norm(x, 2)),
+    "normalize": ("linalg_vector_norm", lambda x: F.normalize(x)),
+    "softmax": ("softmax", lambda x: x.softmax(1)),
+    "log_softmax": ("log_softmax", lambda x: x.log_softmax(1)),
+    "logsumexp": ("logsumexp", lambda x: x.logsumexp(1)),
+    "glu": ("glu", lambda x: F.glu(x)),
+    "attention": ("scaled_dot_product", lambda x: F.scaled_dot_product_attention(x, x, x)),
+    "product": ("mul multiplies .* Linear.weight", lambda x: x * x.flip(1)),
+    "product in place": ("in place", lambda x: assigned(x, lambda c: c[:, 0].mul_(x[:, 1]))),
+    "gate": ("mul multiplies", lambda x: x * torch.sigmoid(x.mean((2, 3), keepdim=True))),
+    "quotient": ("div multiplies", lambda x: x / (1 + x.abs())),
+    "bmm": ("bmm multiplies", lambda x: x @ x.mT),
+    "einsum": ("bmm multiplies|mul multiplies", lambda x: torch.einsum("nchw,nchv->nhv", x, x)),
+    "mv": ("mv multiplies", lambda x: torch.stack([m[0] @ m[1, 0] for m in x])),
+    "bilinear": ("trilinear multiplies", lambda x: F.bilinear(x, x.flip(1), like(x, 3, 4, 4))),
+    "convolution by a varying kernel": ("convolution multiplies", lambda x: F.conv2d(x, x[:, :, :2, :2])),
+    "prelu with varying weight": ("prelu", lambda x: F.prelu(x, x[0, :, 0, 0])),
+    "lerp by a varying weight": ("lerp", lambda x: torch.lerp(like(x, 4), like(x, 4) + 1, x)),
+    "addcdiv by a varying divisor": ("addcdiv", lambda x: torch.addcdiv(x, like(x, 4), x + 5)),
+    "varying grid": (
+        "grid_sampler2_d",
+        lambda x: F.grid_sample(like(x, len(x), 2, 3, 4), x[..., :2], align_corners=False),
+    ),
+    "prod": ("prod", lambda x: x.prod(1)),
+    "scatter_reduce by prod": (
+        "scatter_reduce",
+        lambda x: (2 * x).scatter_reduce(1, INDEX[None, :, None, None].expand(x.shape), x, "prod"),
+    ),
+    "cumprod": ("cumprod", lambda x: x.cumprod(1)),
+    "var": ("var", lambda x: x.var(1)),
+    "std": ("std", lambda x: x.std(1)),
+    "norm": ("linalg_vector_norm", lambda x: x.norm(dim=1)),
+    "cdist": ("cdist", lambda x: torch.cdist(x, like(x, 2, 4))),
+    "hypot": ("hypot", lambda x: torch.hypot(x, x.flip(1))),
+    "atan2": ("atan2", lambda x: torch.atan2(x, 2 * x)),
+    "logit": ("logit", lambda x: x.logit(0.1)),
+    "softmin": ("softmax", lambda x: F.softmin(x, 1)),
+    "gumbel_softmax": ("softmax", lambda x: F.gumbel_softmax(x)),
+    "linalg.solve": ("linalg_solve", lambda x: torch.linalg.solve(x[..., :3] + 5 * torch.eye(3), x)),
+    "modulus of complex numbers": ("abs", lambda x: torch.fft.fft(x).abs()),
+    "angle": ("angle", lambda x: torch.fft.fft(x).angle()),
+    "complex exponential": ("exp", lambda x: torch.fft.fft(x).exp().real),
+    "elementwise in place on a view": ("in place", lambda x: assigned(x, lambda c: c[:, 0].sigmoid_())),
+    "user's function": ("Sigmoid, of which nothing is known", lambda x: Sigmoid.apply(x)),
+    "reentrant checkpoint": ("use_reentrant=False", lambda x: checkpoint(torch.sigmoid, x, use_reentrant=True)),
+}
+
+
+@named("word, function", REFUSED)
+def test_refused_function(word, function):
+    """An unknown function of what depends on a parameter is an error that names it."""
+    model = bp.extend(sandwich(lambda x: function(x).flatten(1)))
+    with pytest.raises(NotImplementedError, match=word):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(2, 1))
+
+
+@named("word, function", {n: f for n, f in REFUSED.items() if "checkpoint" not in n and n != "gumbel_softmax"})
+def test_refused_function_below_the_layers(word, function):
+    """Before the first layer, and without a gradient, anything goes."""
+    x = torch.linspace(-1, 1, 48, dtype=torch.float64).view(2, 2, 3, 4)
+    x = function(x.requires_grad_()).flatten(1)
+    model = nn.Sequential(nn.Linear(x.shape[1], 2), Apply(torch.tanh), nn.Linear(2, 2)).double()
+    actual = diagonal_from_sources(bp.extend(copy.deepcopy(model)), lambda f: f.square().sum(), x)
+    expected = dense_diagonal(model, lambda f: f.square().sum(), x)
+    for a, e in zip(actual, expected, strict=True):
+        assert_close("diagonal", a, e, 1e-10)
+
+
+def test_reentrant_checkpoint_below_the_layers():
+    """It may hide layers, so that it is refused wherever it is."""
+    hidden = bp.extend(nn.Linear(3, 3))
+    model = nn.Sequential(Apply(lambda x: checkpoint(hidden, x, use_reentrant=True)), bp.extend(nn.Linear(3, 3)))
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(2, 3, requires_grad=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """Layers by name, and a function of them and the input."""
+
+    def __init__(self, forward: Callable, **layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self._function = forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._function(self.layers, input)
+
+
+class Scale(nn.Module):
+    """A module with a parameter of its own, linear in it."""
+
+    def __init__(self, *size: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.scale * torch.sigmoid(input)
+
+
+def residual(layers, x: Tensor) -> Tensor:
+    h = torch.tanh(layers["a"](x))
+    h = h + F.softplus(layers["b"](h))
+    return layers["c"](h + F.relu(h))
+
+
+def branches(layers, x: Tensor) -> Tensor:
+    h = layers["a"](x)
+    return torch.cat([torch.sigmoid(h), torch.tanh(h).square() + layers["b"](torch.sin(h)), h.exp()], 1)
+
+
+def in_place(layers, x: Tensor) -> Tensor:
+    h = F.relu_(layers["a"](x)).mul(2).sigmoid_()
+    h = layers["b"](h).tanh_()
+    h = h.clone().mul_(2).add_(h)
+    return F.silu(layers["c"](h), inplace=True)
+
+
+def gated(layers, x: Tensor) -> Tensor:
+    """Products of functions of different parameters."""
+    return layers["c"](x).exp() * torch.sigmoid(layers["a"](x)) + layers["b"](x) / (1 + layers["a"](x).square())
+
+
+def exponents(layers, x: Tensor) -> Tensor:
+    return (1 + layers["a"](x).square()) ** torch.sigmoid(layers["b"](x)) + 0.1 * layers["c"](x)
+
+
+def shared(layers, x: Tensor) -> Tensor:
+    """One layer on two branches."""
+    return layers["b"](torch.tanh(layers["a"](x)) + torch.sigmoid(layers["a"](torch.sin(x)))) + layers["c"](x)
+
+
+def fixed_attention(layers, x: Tensor) -> Tensor:
+    return x.softmax(1) * torch.tanh(layers["a"](x)) + layers["c"](layers["b"](x).detach().softmax(1))
+
+
+ARCHITECTURES = {
+    "residual": residual,
+    "branches": branches,
+    "in place": in_place,
+    "gated": gated,
+    "exponents": exponents,
+    "shared": shared,
+    "fixed attention": fixed_attention,
+}
+
+
+def three_layers(forward: Callable) -> Model:
+    return Model(forward, a=nn.Linear(3, 3), b=nn.Linear(3, 3), c=nn.Linear(3, 3))
+
+
+@named("forward", ARCHITECTURES)
+def test_architecture(forward):
+    check(three_layers(forward), torch.randn(3, 3))
+
+
+MODELS = {
+    "deep": nn.Sequential(*[m for i in range(4) for m in (nn.Linear(3 if i else 6, 3), nn.Sigmoid())]),
+    "convolutions": nn.Sequential(
+        nn.Unflatten(1, (1, 2, 3)),
+        nn.Conv2d(1, 3, 2, padding=1),
+        nn.SiLU(inplace=True),
+        nn.BatchNorm2d(3).eval(),
+        nn.MaxPool2d(2),
+        nn.GELU(),
+        nn.ConvTranspose2d(3, 1, 2),
+        nn.Flatten(),
+        nn.Linear(6, 2),
+    ),
+    "frozen layer": nn.Sequential(
+        nn.Linear(6, 3), nn.Tanh(), nn.Linear(3, 3).requires_grad_(False), nn.Sigmoid(), nn.Linear(3, 2)
+    ),
+    "frozen bottom": nn.Sequential(
+        nn.Linear(6, 3).requires_grad_(False), nn.Softmax(1), nn.Linear(3, 3), nn.Sigmoid(), nn.Linear(3, 2)
+    ),
+    "weights only": nn.Sequential(nn.Linear(6, 3, bias=False), nn.Tanh(), nn.Linear(3, 2, bias=False)),
+    "positions": nn.Sequential(nn.Unflatten(1, (3, 2)), nn.Linear(2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9, 2)),
+    "own parameters": nn.Sequential(nn.Linear(6, 3), Scale(3), nn.Tanh(), Scale(1), nn.Linear(3, 2), Scale(2)),
+    "prelu": nn.Sequential(nn.Linear(6, 3), nn.Tanh(), nn.PReLU(3), nn.Linear(3, 2), nn.PReLU()),
+    "layer norm on the input": nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 3), nn.Sigmoid()),
+    "group norm on the input": nn.Sequential(nn.GroupNorm(2, 6), nn.Linear(6, 3), nn.Sigmoid()),
+}
+
+
+@named("model", MODELS)
+def test_model(model):
+    if "BatchNorm2d" in str(model):
+        model[3].running_mean.uniform_()
+        model[3].running_var.uniform_(0.5, 1.0)
+    check(model, torch.randn(3, 6))
+
+
+SEVERAL_USES = {
+    "successive": lambda layers, x: layers["a"](torch.tanh(layers["a"](x))),
+    "two apart": lambda layers, x: layers["a"](layers["b"](torch.relu(layers["a"](x)))),
+    "on a branch": lambda layers, x: layers["b"](x) + layers["a"](x + layers["c"](layers["a"](x))),
+}
+
+
+@named("forward", SEVERAL_USES)
+def test_nested_uses_of_a_weight(forward):
+    model = bp.extend(three_layers(forward))
+    with pytest.raises(NotImplementedError, match="Linear.weight: it is used again on what depends on its own earlier"):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(3, 3))
+    model.layers["a"].weight.requires_grad_(False)
+    sources_of(model, lambda f: f.square().sum(), torch.randn(3, 3))
+
+
+def test_nested_uses_of_a_bias():
+    """A bias is added, not multiplied: its uses have no terms between them."""
+    model = three_layers(SEVERAL_USES["successive"])
+    model.layers["a"].weight.requires_grad_(False)
+    check(model, torch.randn(3, 3))
+
+
+class Mixed(nn.Module):
+    """A module with a parameter of its own beside a layer."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.own = nn.Parameter(torch.rand(3))
+        self.layer = nn.Linear(3, 3)
+        self._function = function
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._function(self.own, self.layer, input)
+
+
+MIXED = {  # what is linear in the module's own parameter
+    "factor": lambda own, layer, x: own * torch.tanh(layer(x)),
+    "beside": lambda own, layer, x: torch.sin(layer(x)) + own * x.exp() + own,
+    "interpolation": lambda own, layer, x: torch.lerp(x, torch.tanh(layer(x)), 0.3) @ torch.diag(own),
+}
+MIXED_REFUSED = {
+    "square": ("Mixed.own: .* pow", lambda own, layer, x: own.square() * layer(x)),
+    "factor inside": ("Mixed.own: .* tanh", lambda own, layer, x: torch.tanh(own * layer(x))),
+    "gate": ("Mixed.own: .* sigmoid", lambda own, layer, x: torch.sigmoid(own) * layer(x)),
+    "product": ("both depend on Mixed.own", lambda own, layer, x: own * x * (layer(x) + own)),
+    "normalised": ("linalg_vector_norm", lambda own, layer, x: own / own.norm() * layer(x)),
+}
+
+
+@named("function", MIXED)
+def test_own_parameter(function):
+    check(nn.Sequential(Mixed(function), nn.Sigmoid(), nn.Linear(3, 2)), torch.randn(3, 3))
+    check(nn.Sequential(nn.Linear(3, 3), nn.Sigmoid(), Mixed(function)), torch.randn(3, 3))
+
+
+@named("word, function", MIXED_REFUSED)
+def test_module_that_is_not_linear_in_its_own_parameter(word, function):
+    model = bp.extend(nn.Sequential(Mixed(function), nn.Linear(3, 2)))
+    with pytest.raises(NotImplementedError, match=word):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(3, 3))
+
+
+def test_recurrent_layer():
+    model = bp.extend(nn.Sequential(nn.GRU(3, 3, batch_first=True), Apply(lambda outputs: outputs[0])))
+    with pytest.raises(NotImplementedError):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(2, 4, 3))
+
+
+def test_weight_used_outside_of_its_module():
+    model = three_layers(lambda layers, x: torch.tanh(layers["a"](x)) + F.linear(x, layers["a"].weight))
+    with pytest.raises(NotImplementedError, match="Linear.weight also acts on the prediction from outside"):
+        sources_of(bp.extend(model), lambda f: f.square().sum(), torch.randn(3, 3))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The batch
+# ---------------------------------------------------------------------------------------------------------------------
+
+APART = {  # of h [N, 3, 2], the batch along dimension 0
+    "flattened": lambda h: torch.sigmoid(h.flatten(0, 1)).view(len(h), 3, 2),
+    "all flattened": lambda h: torch.sigmoid(h.flatten()).view(len(h), 3, 2),
+    "transposed within": lambda h: torch.sigmoid(h.transpose(1, 2).reshape(-1, 3)).view(len(h), 2, 3),
+    "reversed again": lambda h: torch.tanh(h.flip(0).flip(0)),
+    "shift of a constant": lambda h: torch.sigmoid(h + torch.arange(len(h))[:, None, None]),
+}
+MIXING = {
+    "positions first": lambda h: torch.sigmoid(h.transpose(0, 1)).transpose(0, 1),
+    "flattened with positions first": lambda h: (
+        torch.sigmoid(h.transpose(0, 1).flatten(0, 1)).view(3, -1, 2).mT.mT.sum(0).unsqueeze(1)
+    ),
+    "mean over the batch": lambda h: torch.sigmoid(h - h.mean(0)),
+    "neighbour": lambda h: torch.sigmoid(h + 0.5 * h.roll(1, 0)),
+    "reversed": lambda h: torch.sigmoid(h.flip(0)),
+    "reversed in between": lambda h: torch.sigmoid(h.flip(0)).flip(0),
+    "only earlier samples": lambda h: torch.sigmoid(h.cumsum(0)),
+    "only later samples": lambda h: torch.sigmoid(h.flip(0).cumsum(0).flip(0)),
+    "two samples swapped": lambda h: torch.sigmoid(torch.cat((h[1:2], h[:1], h[2:]))),
+    "halves swapped": lambda h: torch.sigmoid(h.roll(len(h) // 2, 0)),
+    "above the function": lambda h: torch.sigmoid(h).mean(0, keepdim=True) + torch.sigmoid(h),
+    "features of one sample": lambda h: torch.sigmoid(h[0]).sum() + h,
+}
+
+
+def of_positions(function: Callable) -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), Apply(function), nn.Flatten())
+
+
+@named("function", APART)
+def test_samples_apart(function):
+    check(of_positions(function), torch.randn(3, 3, 2))
+
+
+@pytest.mark.parametrize("samples", [2, 3, 7])
+@named("function", MIXING)
+def test_samples_that_act_on_each_other(function, samples):
+    """Among them a batch as large as the number of positions."""
+    model = bp.extend(of_positions(function))
+    with pytest.raises(ValueError, match=f"expected the {samples} samples of the batch along dimension 0"):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(samples, 3, 2))
+
+
+def test_error_names_the_function():
+    model = bp.extend(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), Apply(lambda h: torch.exp(h - h.mean(0))), nn.GELU()))
+    with pytest.raises(ValueError, match=r"the input of exp: .* got size \[4, 2\]"):
+        sources_of(model, lambda f: f.square().sum(), torch.randn(4, 2))
+
+
+def test_single_sample():
+    """It may have any layout."""
+    check(of_positions(MIXING["positions first"]), torch.randn(1, 3, 2))
+
+
+def test_empty_batch():
+    model = bp.extend(nn.Sequential(nn.Linear(2, 2), nn.Tanh()))
+    assert sources_of(model, lambda f: f.square().sum(), torch.randn(0, 2))[1] == []
+
+
+def test_global_generator_is_left_alone():
+    model = bp.extend(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)))
+    x, state = torch.randn(3, 2), torch.get_rng_state()
+    sources_of(model, lambda f: f.square().sum(), x)
+    assert torch.equal(state, torch.get_rng_state())

@@ -47,6 +47,7 @@ def _only_copies(node: Node) -> bool:
     (output,) = node._input_metadata
     with torch.enable_grad():
         gradients = node(torch.ones(output.shape, dtype=output.dtype, device=output.device))
+    gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
     return all(
         operand is None or (gradient is not None and not gradient.requires_grad)
         for gradient, (operand, _) in zip(gradients, node.next_functions, strict=True)
@@ -87,7 +88,6 @@ PRODUCTS = {
     "Addcmul": (1, 2),
     "Linear": (0, 1),
     "Convolution": (0, 1),
-    "ConvTbc": (0, 1),
     "Trilinear": (0, 1, 2),
     "PreluKernel": (0, 1),
     "LinalgCross": (0, 1),

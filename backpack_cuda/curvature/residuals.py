@@ -296,8 +296,8 @@ def check_samples_apart(sources: Sequence[tuple[str, GradientEdge]], layers: Lay
     """Raises a ValueError unless columns that start at `sources`, each a name and an edge, stay within their samples.
 
     The columns of all samples are pushed back at once, which is right only if dimension 0 is the batch everywhere and
-    samples do not act on each other. Columns of random signs for one half of the samples, drawn at random, must leave
-    nothing at the layers' outputs for the other half.
+    samples do not act on each other. Columns of random signs for one half of the samples must leave nothing at the
+    layers' outputs for the other half; 2 log2(N) halves tell every sample from every other.
     """
     for name, edge in sources:
         shape = edge.node._input_metadata[edge.output_nr].shape
@@ -318,12 +318,14 @@ def _mixed(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
 
 
 def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int) -> bool:
-    """Whether, from `edges` back to the layers' outputs, a half of the samples leaves anything for the other half."""
+    """Whether, from `edges` back to the layers' outputs, any sample leaves something for another one."""
     outputs = [GradientEdge(node, i) for node in layers for i in range(len(node._input_metadata))]
     draw = torch.Generator().manual_seed(0)
-    half = torch.randperm(batch_size, generator=draw) < batch_size // 2  # [N]
+    halves = [
+        torch.arange(batch_size) >> bit & 1 == side for bit in range((batch_size - 1).bit_length()) for side in (0, 1)
+    ]
     leaks = []
-    for chosen in (half, ~half):
+    for chosen in halves:  # [N]
         columns = []
         for edge in edges:
             x = edge.node._input_metadata[edge.output_nr]
