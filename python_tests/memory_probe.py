@@ -1,4 +1,4 @@
-"""`python memory_probe.py DTYPE`: bytes of peak memory that large operator calls take beyond operands and results.
+"""`python memory_probe.py DTYPE [columns]`: bytes of peak memory that large calls take beyond operands and results.
 
 A program of its own, because only a process without a history has a clean heap. Prints {case: bytes} as JSON.
 """
@@ -49,6 +49,22 @@ LARGE: dict[str, tuple[Case, tuple[str, ...]]] = {  # operands of 20 to 60 MB in
     "conv_transpose": (conv((4, 16, 150, 150), 8, 3, stride=2, output_padding=1), STATISTICS),
     "conv_transpose_large_image": (conv((1, 4, 800, 900), 4, 4, stride=2, padding=1, output_padding=0), STATISTICS),
 }
+DIAG, DIAGS = 4, 6  # want bits of the *_column_stats operators: diag; batch_diag too
+LARGE_COLUMNS: dict[str, tuple[Case, int, int]] = {  # case, V, want; gradients of 30 MB or more, or large samples
+    "linear": (linear((3000, 700), 300), 4, DIAG),
+    "linear_tokens": (linear((150, 20, 300), 300), 3, DIAG),
+    "linear_tokens_of_each_sample": (linear((20, 40, 300), 300), 6, DIAGS),
+    "linear_one_long_sequence": (linear((1, 20000, 40), 50), 4, DIAGS),
+    "linear_many_columns": (linear((1, 4, 2000), 3000), 20, DIAG),
+    "conv": (conv((128, 64, 9, 9), 96, 3), 3, DIAG),
+    "conv_of_each_sample": (conv((32, 64, 9, 9), 96, 3), 6, DIAGS),
+    "conv_many_channels": (conv((1, 1500, 5, 5), 300, 3, padding=1), 6, DIAG),
+    "conv_large_image": (conv((1, 4, 800, 700), 3, 3, padding=1), 5, DIAGS),
+    "conv_large_image_of_many_channels": (conv((1, 64, 130, 140), 100, 1), 3, DIAGS),
+    "conv_depthwise": (conv((1, 32, 200, 200), 32, 3, padding=1, groups=32), 4, DIAGS),
+    "conv_transpose": (conv((128, 96, 5, 5), 64, 3, stride=2, output_padding=1), 3, DIAG),
+    "conv_transpose_large_image": (conv((1, 16, 90, 90), 8, 3, stride=2, output_padding=1), 5, DIAGS),
+}
 WARM_UP = {case.family: case for case in (linear((4, 9, 20), 30), conv((4, 3, 9, 9), 8, 3))}
 WARM_UP["conv_transpose"] = conv((4, 3, 9, 9), 8, 3, output_padding=0)
 
@@ -59,20 +75,32 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
-def extra_bytes(case: Case, want: tuple[str, ...], dtype: torch.dtype) -> int:
+def extra_of_call(call) -> int:
     """Peak resident memory of one call above what was resident before and what its results hold."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts at what is resident now
+    before = status("VmRSS")
+    results = call()
+    return status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results)
+
+
+def extra_bytes(case: Case, want: tuple[str, ...], dtype: torch.dtype) -> int:
+    """Those of a case of LARGE."""
     WARM_UP[case.family].raw(*WARM_UP[case.family].operands(dtype=dtype))  # loads code and starts threads
     shapes = (case.input_shape, case.input_layout), (case.output_shape(), case.grad_output_layout)
     operands = [LAYOUTS[layout](torch.full(shape, 0.5, dtype=dtype)) for shape, layout in shapes]
     weights = torch.ones(case.input_shape[0])
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark restarts at what is resident now
-    before = status("VmRSS")
     if want == WEIGHTED:
-        results = (case.raw_weighted(*operands, weights),)
-    else:
-        weight, bias = case.raw(*operands, want_bits(*want), want_bits(*want))
-        results = (*weight, *bias)
-    return status("VmHWM") - before - sum(t.untyped_storage().nbytes() for t in results)
+        return extra_of_call(lambda: (case.raw_weighted(*operands, weights),))
+    return extra_of_call(lambda: sum(case.raw(*operands, want_bits(*want), want_bits(*want)), ()))
+
+
+def extra_column_bytes(case: Case, count: int, want: int, dtype: torch.dtype) -> int:
+    """Those of a case of LARGE_COLUMNS."""
+    WARM_UP[case.family].raw(*WARM_UP[case.family].operands(dtype=dtype))
+    input = torch.full(case.input_shape, 0.5, dtype=dtype)
+    columns = torch.full((count, *case.output_shape()), 0.5, dtype=dtype)
+    operator = getattr(torch.ops.backpack_cuda, f"{case.family}_column_stats")
+    return extra_of_call(lambda: operator(input, columns, None, *case.geometry_arguments(), want, want))
 
 
 def in_a_fork(function, *arguments) -> int:
@@ -92,4 +120,5 @@ def in_a_fork(function, *arguments) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(2)
     dtype = getattr(torch, sys.argv[1])
-    print(json.dumps({name: in_a_fork(extra_bytes, *case, dtype) for name, case in LARGE.items()}))
+    function, cases = (extra_column_bytes, LARGE_COLUMNS) if sys.argv[2:] == ["columns"] else (extra_bytes, LARGE)
+    print(json.dumps({name: in_a_fork(function, *case, dtype) for name, case in cases.items()}))

@@ -14,21 +14,29 @@ NAMES = sorted(
     if name.startswith("backpack_cuda::")
 )
 SWITCHES = {"_cpu_option", "_cuda_option"}  # without tensors: nothing to fake
+COLUMN_WANTS = [(7, 7), (4, 0), (0, 3)]
 WANTS = [(ALL_FIELDS, ALL_FIELDS), (want_bits("grad"), 0), (0, want_bits("batch_l2", "batch_grad"))]
 
 
 def examples(device: torch.device) -> dict[str, list[tuple]]:
     """Arguments of each operator."""
     result: dict[str, list[tuple]] = {f"{family}_grad_stats": [] for family in ("linear", "conv", "conv_transpose")}
-    result |= {name.replace("_grad_stats", "_weighted_grad"): [] for name in result}
+    result |= {
+        name.replace("_grad_stats", other): [] for name in result for other in ("_weighted_grad", "_column_stats")
+    }
     for case in CASES.values():
-        for dtype, wants in zip((torch.float32, kernel_dtypes(device)[-1], torch.bfloat16), WANTS, strict=True):
+        dtypes = torch.float32, kernel_dtypes(device)[-1], torch.bfloat16
+        for dtype, wants, column_wants in zip(dtypes, WANTS, COLUMN_WANTS, strict=True):
             operands, sizes = case.operands(device, dtype), case.geometry_arguments()
             result[f"{case.family}_grad_stats"].append((*operands, *sizes, *wants))
             weights = torch.randn(len(operands[0]), device=device, dtype=statistics_dtype(dtype))
             result[f"{case.family}_weighted_grad"].append((*operands, weights, *sizes))
+            columns = torch.stack([operands[1], 2 * operands[1]])
+            signs = weights.expand(2, -1) if dtype == torch.float32 else None
+            result[f"{case.family}_column_stats"].append((operands[0], columns, signs, *sizes, *column_wants))
     grad_output = torch.randn(3, 4, 5, device=device)
     result["bias_grad_stats"] = [(grad_output, dim, want) for dim in (1, 2, -1) for want in (ALL_FIELDS, 5)]
+    result["bias_column_stats"] = [(grad_output, None, 2, 7), (grad_output, grad_output[..., 0], -1, 4)]
     rows = torch.randn(6, 4, device=device)
     result["outer_norm"] = [(rows, rows[:, :3]), (rows.double(), rows.double().expand(6, 4)), (rows[:0], rows[:0])]
     return result

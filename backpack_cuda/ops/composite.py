@@ -46,7 +46,7 @@ def linear(input: Tensor, grad_output: Tensor, weight_want: int, bias_want: int)
 
     def weight_rows(chunk: slice) -> Tensor:  # [N_c, O, I]
         a, b = input[chunk].to(dtype), grad_output[chunk].to(dtype)
-        return b.reshape(-1, t, o).transpose(1, 2) @ a.reshape(-1, t, i)
+        return b.reshape(len(b), t, o).transpose(1, 2) @ a.reshape(len(a), t, i)
 
     weight = _stats(weight_rows, n, o * i, weight_want, input.dtype) if weight_want else Stats()
     return weight, bias(grad_output, -1, bias_want)
@@ -173,7 +173,7 @@ def linear_columns(
 
     def weight_rows(some: slice, samples: slice) -> Tensor:  # [V_c, N_c, O, I]
         a, b = input[samples].to(dtype), columns[some, samples].to(dtype)
-        return b.reshape(*b.shape[:2], t, o).transpose(2, 3) @ a.reshape(-1, t, i)
+        return b.reshape(*b.shape[:2], t, o).transpose(2, 3) @ a.reshape(len(a), t, i)
 
     if not weight_want:
         return ColumnStats(), bias_stats

@@ -10,7 +10,7 @@ from backpack_cuda import _lib
 from backpack_cuda.autocast import without_autocast
 from backpack_cuda.ops import composite, library
 from backpack_cuda.ops.geometry import ConvGeometry
-from backpack_cuda.stats import ColumnStats, ColumnWant, Stats, Want, statistics_dtype
+from backpack_cuda.stats import ColumnStats, Stats, Want, statistics_dtype
 
 
 def _composite_needed(*operands: Tensor | None) -> bool:
@@ -176,26 +176,6 @@ def conv_kron_factor(
     return out if target is out else out.copy_(target)
 
 
-def _as_first_order(columns: Tensor, signs: Tensor | None, want: int) -> int | None:
-    """The want of `*_stats` that gives the same of columns[0]; None where they do not."""
-    if columns.shape[0] != 1 or signs is not None or want & ColumnWant.BATCH_DIAG:
-        return None
-    return _FIRST_ORDER[want]
-
-
-_FIRST_ORDER = {
-    ColumnWant.NOTHING: Want.NOTHING,
-    ColumnWant.FACTOR: Want.BATCH_GRAD,
-    ColumnWant.DIAG: Want.SUM_GRAD_SQUARED,
-    ColumnWant.FACTOR | ColumnWant.DIAG: Want.BATCH_GRAD | Want.SUM_GRAD_SQUARED,
-}
-
-
-def _as_columns(stats: Stats) -> ColumnStats:
-    factor = None if stats.batch_grad is None else stats.batch_grad.unsqueeze(0)
-    return ColumnStats(factor=factor, diag=stats.sum_grad_squared)
-
-
 def _column_pair(results: tuple[Tensor, ...], weight_want: int, bias_want: int) -> tuple[ColumnStats, ColumnStats]:
     return ColumnStats.of(results[:3], weight_want), ColumnStats.of(results[3:], bias_want)
 
@@ -204,10 +184,6 @@ def linear_column_stats(
     input: Tensor, columns: Tensor, signs: Tensor | None, weight_want: int, bias_want: int
 ) -> tuple[ColumnStats, ColumnStats]:
     """Column statistics of a Linear layer's weight and bias; input [N, *, I], columns [V, N, *, O], signs [V, N]."""
-    first, second = (_as_first_order(columns, signs, want) for want in (weight_want, bias_want))
-    if first is not None and second is not None:
-        weight, bias = linear_stats(input, columns[0], first, second)
-        return _as_columns(weight), _as_columns(bias)
     if _use_kernel("linear_column_stats", input, columns, signs):
         operator = torch.ops.backpack_cuda.linear_column_stats
         return _column_pair(
@@ -221,10 +197,6 @@ def conv_column_stats(
     geometry: ConvGeometry, input: Tensor, columns: Tensor, signs: Tensor | None, weight_want: int, bias_want: int
 ) -> tuple[ColumnStats, ColumnStats]:
     """Column statistics of a (transposed) convolution's weight and bias; input [N, C, *], columns [V, N, O, *]."""
-    first, second = (_as_first_order(columns, signs, want) for want in (weight_want, bias_want))
-    if first is not None and second is not None:
-        weight, bias = conv_stats(geometry, input, columns[0], first, second)
-        return _as_columns(weight), _as_columns(bias)
     name, sizes = _conv_operator(geometry, "column_stats")
     if not _use_kernel(name, input, columns, signs):
         with without_autocast(input.device.type):

@@ -48,15 +48,16 @@ namespace {
 template <class Acc>
 class Contraction {
  public:
-  Contraction(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want,
-              const StatsTensors& weight)
-      : plan_(plan), operands_(operands), want_(want), weight_(weight), kernels_(kernels<Acc>()) {
-    centered_ = !plan.rows_are_samples && (want & kSumGradCenteredSquared);
-    partial_ = plan.slabs > 1 && !plan.rows_are_samples && (want & ~kGrad);
+  Contraction(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, const ContractResults& results)
+      : plan_(plan), operands_(operands), out_(results), kernels_(kernels<Acc>()) {
+    centered_ = !plan.rows_are_samples && out_.sum_grad_centered_squared;
+    partial_ = plan.slabs > 1 && !plan.rows_are_samples &&
+               (out_.squares() || out_.batch_grad || out_.batch_l2 || out_.batch_square);
+    whole_strips_ = out_.batch_grad || out_.batch_square;
     strips_per_pass_ = plan.strips_per_pass();
-    const int64_t items = plan.strips() * (want & kBatchGrad ? 1 : plan.blocks);
+    const int64_t items = plan.strips() * (whole_strips_ ? 1 : plan.blocks);
     splits_ = plan.slabs > 1 ? 1
-                             : std::min({ceil_div(kItems, items), plan.samples,
+                             : std::min({ceil_div(kItems, items), split_samples(plan.samples, plan.V),
                                          strips_per_pass_ < plan.strips() ? 1 : kItems});
     store_ = {plan.tile.mr, plan.tile.nv * plan.lanes, plan.rows,
               plan.columns, plan.column_begin,         plan.row_length,
@@ -64,23 +65,18 @@ class Contraction {
               nullptr};
 
     split_size_ = strips_per_pass_ * plan.strip_size();
-    const bool sum = want & (kGrad | kSumGradCenteredSquared),
-               square = want & (kSumGradSquared | kSumGradCenteredSquared);
-    if (sum) sum_ = workspace_.get<Acc>(splits_ * split_size_);
-    if (square) square_ = workspace_.get<Acc>(splits_ * split_size_);
-    if (partial_) partial_tiles_ = workspace_.get<Acc>(split_size_);
+    if (out_.grad || out_.sum_grad_centered_squared) sum_ = workspace_.get<Acc>(splits_ * split_size_);
+    if (out_.squares() || out_.batch_square) square_ = workspace_.get<Acc>(splits_ * split_size_);
+    if (out_.batch_square && out_.sum_grad_squared) total_ = workspace_.get<Acc>(splits_ * split_size_);
 
-    const int64_t a_bytes = plan.groups_per_pass() * plan.a_group * int64_t(sizeof(Acc));
-    const int64_t b_bytes = strips_per_pass_ * b_strip() * int64_t(sizeof(Acc));
-    const int64_t target = options().chunk_bytes ? options().chunk_bytes : kChunkBytes;
-    chunk_ = plan.slabs > 1
-                 ? 1
-                 : std::clamp<int64_t>(target / std::max<int64_t>(a_bytes + b_bytes, 1), 1, plan.samples);
+    choose_chunk();
     constexpr int64_t kSlack = 64;  // the last column vector may reach past the last row
-    a_ = workspace_.get<Acc>(chunk_ * a_bytes / int64_t(sizeof(Acc)) + kSlack);
-    b_ = workspace_.get<Acc>(chunk_ * b_bytes / int64_t(sizeof(Acc)));
-    if (want & kBatchL2) norm_ = workspace_.get<double>(chunk_ * strips_per_pass_ * plan.blocks);
-    if (want & kBatchGrad) {
+    a_ =
+        workspace_.get<Acc>(chunk_ * (plan.v_in_a ? V_ : 1) * plan.groups_per_pass() * plan.a_group + kSlack);
+    b_ = workspace_.get<Acc>(chunk_ * (plan.v_in_a ? 1 : V_) * strips_per_pass_ * b_strip());
+    if (partial_) partial_tiles_ = workspace_.get<Acc>(V_ * split_size_);
+    if (out_.batch_l2) norm_ = workspace_.get<double>(chunk_ * strips_per_pass_ * plan.blocks);
+    if (out_.batch_grad) {
       strip_scratch_ = plan.strip_size() + plan.columns;
       scratch_ = workspace_.get<Acc>(kItems * strip_scratch_);
     }
@@ -95,13 +91,18 @@ class Contraction {
       count_.assign(splits_, 0);
       for (int64_t n = 0; n < plan_.samples; n += chunk_) {
         const int64_t samples = std::min(chunk_, plan_.samples - n);
-        for (int64_t slab = 0; slab < plan_.slabs; ++slab) {
-          product(n, samples, slab, false);
-          if (slab == 0 && begin == 0 && plan_.column_begin == 0) chunk_packed(n, n + samples);
-          if (plan_.rows_are_samples && square_) product(n, samples, slab, true);
-          if (!partial_ || slab + 1 == plan_.slabs)
+        for (int64_t v = 0; v < plan_.V; v += V_) {
+          const int64_t V = std::min(V_, plan_.V - v);
+          for (int64_t slab = 0; slab < plan_.slabs; ++slab) {
+            product(n, samples, v, V, slab, false);
+            if (slab == 0 && v == 0 && begin == 0 && plan_.column_begin == 0) chunk_packed(n, n + samples);
+            if (plan_.rows_are_samples && square_) product(n, samples, v, V, slab, true);
+            if (partial_ && slab + 1 < plan_.slabs) continue;
+            if (out_.batch_square && v + V < plan_.V) continue;
+            const int64_t counted = split_samples(samples, V);
             for (int64_t split = 0; split < splits_; ++split)
-              count_[split] += split_begin(samples, split + 1) - split_begin(samples, split);
+              count_[split] += split_begin(counted, split + 1) - split_begin(counted, split);
+          }
         }
         if (norm_) reduce_norms(n, samples);
       }
@@ -113,19 +114,44 @@ class Contraction {
   // Split-up work for threads: fixed, so that results do not depend on their number.
   static constexpr int64_t kItems = 16;
 
+  // What splits divide between them: samples (n, v), or samples n where their sums over v are wanted.
+  int64_t split_samples(int64_t samples, int64_t V) const {
+    return out_.batch_square ? samples : samples * V;
+  }
+
+  // How many samples are packed at a time, or how many output gradients of one sample.
+  void choose_chunk() {
+    const int64_t size = int64_t(sizeof(Acc)), a = plan_.groups_per_pass() * plan_.a_group * size,
+                  b = strips_per_pass_ * b_strip() * size, V = plan_.V;
+    const bool whole = plan_.slabs == 1;
+    const int64_t target = options().chunk_bytes ? options().chunk_bytes : whole ? kChunkBytes : kSlabBytes;
+    const int64_t shared = plan_.packed(a, b, 0), all = std::max<int64_t>(plan_.packed(a, b, V), 1);
+    chunk_ = whole ? std::clamp<int64_t>(target / all, 1, plan_.samples) : 1;
+    V_ = V;
+    if (all > target) V_ = V * std::max(target - shared, target / 2) / std::max<int64_t>(all - shared, 1);
+    if (partial_) V_ = std::min(V_, kAccumulatorBytes / (split_size_ * size) - 2);
+    V_ = ceil_div(V, ceil_div(V, std::clamp<int64_t>(V_, 1, V)));  // of about equal numbers
+  }
+
   int64_t b_strip() const { return plan_.slab_rows * plan_.tile.mr * plan_.b_lanes(); }
   int64_t split_begin(int64_t samples, int64_t split) const { return ceil_div(samples * split, splits_); }
 
-  // Packs samples [n, n + samples), or a slab of one sample, and contracts them.
-  void product(int64_t n, int64_t samples, int64_t slab, bool square) {
+  // Packs output gradients [v, v + V) of samples [n, n + samples), or a slab of one sample, and contracts
+  // them.
+  void product(int64_t n, int64_t samples, int64_t v, int64_t V, int64_t slab, bool square) {
     const int64_t groups = group_end_ - group_begin_, strips = strip_end_ - strip_begin_;
     ContractJob<Acc> job{};
     job.a = a_, job.b = b_;
-    job.a_sample = groups * plan_.a_group, job.a_group = plan_.a_group;
+    job.V = V, job.v_begin = v, job.v_end = plan_.V;
+    if (operands_.signs) job.signs = operands_.signs + n * plan_.V + v;
+    const int64_t a_size = groups * plan_.a_group;
+    job.a_v = plan_.v_in_a ? a_size : 0, job.a_sample = plan_.v_in_a ? V * a_size : a_size;
+    job.a_group = plan_.a_group;
     job.row_offset = plan_.row_offset.data(), job.column_offset = plan_.column_offset.data(),
     job.column_lanes = plan_.column_lanes.data();
     job.T = operands_.rows_in_slab(slab);
-    job.b_sample = strips * job.T * plan_.tile.mr * plan_.b_lanes();
+    const int64_t b_size = strips * job.T * plan_.tile.mr * plan_.b_lanes();
+    job.b_v = plan_.v_in_a ? 0 : b_size, job.b_sample = plan_.v_in_a ? b_size : V * b_size;
     job.rows = plan_.rows, job.panels = plan_.panels, job.blocks = plan_.blocks,
     job.lanes_are_groups = plan_.lanes_are_groups;
     job.unit_begin = strip_begin_ * plan_.blocks, job.units = strips * plan_.blocks;
@@ -140,26 +166,22 @@ class Contraction {
       job.partial = partial_tiles_, job.load_partial = slab > 0, job.store_partial = slab + 1 < plan_.slabs;
     job.norm = norm_;
     job.store = store_;
-    if (want_ & kBatchGrad) {
-      const int64_t sample_bytes =
-          plan_.all_rows * plan_.row_length * int64_t(weight_.batch_grad.element_size());
-      job.batch_grad = static_cast<char*>(weight_.batch_grad.mutable_data_ptr()) + n * sample_bytes;
-      job.batch_rows = plan_.all_rows;
-      job.store.convert = converter<Acc>(storage_of(weight_.batch_grad));
+    job.batch_rows = plan_.all_rows, job.batch_v = plan_.samples * plan_.all_rows;
+    const int64_t sample_size = plan_.all_rows * plan_.row_length;
+    if (out_.batch_grad) {
+      job.batch_grad = static_cast<char*>(out_.batch_grad->mutable_data_ptr()) +
+                       (v * plan_.samples + n) * sample_size * int64_t(out_.batch_grad->element_size());
+      job.store.convert = converter<Acc>(storage_of(*out_.batch_grad));
     }
+    if (out_.batch_square)
+      job.batch_square = static_cast<Acc*>(out_.batch_square->mutable_data_ptr()) + n * sample_size;
+    job.total = total_;
 
-    const int64_t parts = samples < kItems ? ceil_div(kItems, samples) : 1;
-    parallel_for(0, samples * parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t sample = i / parts;
-        const typename Operands<Acc>::Piece piece{n + sample, slab, i % parts, parts, square};
-        operands_.pack_a(piece, group_begin_, group_end_, a_ + sample * job.a_sample);
-        operands_.pack_b(piece, strip_begin_, strip_end_, b_ + sample * job.b_sample);
-      }
-    });
+    pack(job, n, samples, slab, square);
 
-    const int64_t units_per_item = want_ & kBatchGrad ? plan_.blocks : 1, items = job.units / units_per_item;
-    const int64_t slots = std::min(splits_ * items, want_ & kBatchGrad ? kItems : splits_ * items);
+    const int64_t units_per_item = whole_strips_ ? plan_.blocks : 1, items = job.units / units_per_item;
+    const int64_t slots = std::min(splits_ * items, whole_strips_ ? kItems : splits_ * items);
+    const int64_t counted = split_samples(samples, V), per_count = samples * V / counted;
     parallel_for(0, slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
       const int64_t begin = slot_begin * splits_ * items / slots, end = slot_end * splits_ * items / slots;
       for (int64_t i = begin; i < end;) {  // runs of items of one split
@@ -167,7 +189,8 @@ class Contraction {
         ContractRange<Acc> range;
         range.unit_begin = job.unit_begin + (i - split * items) * units_per_item;
         range.unit_end = job.unit_begin + (last - split * items) * units_per_item;
-        range.sample_begin = split_begin(samples, split), range.sample_end = split_begin(samples, split + 1);
+        range.sample_begin = split_begin(counted, split) * per_count;
+        range.sample_end = split_begin(counted, split + 1) * per_count;
         range.split = split, range.split_count = count_[split];
         range.strip = scratch_ ? scratch_ + slot_begin * strip_scratch_ : nullptr;
         plan_.tile.run(job, range);
@@ -176,8 +199,27 @@ class Contraction {
     });
   }
 
+  // Packs what `job` takes. The operand without V stays from the sample's first output gradients to its last.
+  void pack(const ContractJob<Acc>& job, int64_t n, int64_t samples, int64_t slab, bool square) {
+    const int64_t shared = job.v_begin == 0 || plan_.slabs > 1 ? samples : 0, all = samples * job.V;
+    const int64_t parts = all < kItems ? ceil_div(kItems, all) : 1;
+    parallel_for(0, (shared + all) * parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t item = i / parts;
+        const bool once = item < shared;
+        const int64_t sample = once ? item : (item - shared) / job.V, v = once ? 0 : (item - shared) % job.V;
+        const typename Operands<Acc>::Piece piece{n + sample, job.v_begin + v, slab,
+                                                  i % parts,  parts,           square};
+        if (once != plan_.v_in_a)
+          operands_.pack_a(piece, group_begin_, group_end_, a_ + sample * job.a_sample + v * job.a_v);
+        else
+          operands_.pack_b(piece, strip_begin_, strip_end_, b_ + sample * job.b_sample + v * job.b_v);
+      }
+    });
+  }
+
   void reduce_norms(int64_t n, int64_t samples) {
-    Acc* l2 = static_cast<Acc*>(weight_.batch_l2.mutable_data_ptr()) + n;
+    Acc* l2 = static_cast<Acc*>(out_.batch_l2->mutable_data_ptr()) + n;
     const int64_t units = (strip_end_ - strip_begin_) * plan_.blocks;
     for (int64_t i = 0; i < samples; ++i) {
       double total = strip_begin_ > 0 || plan_.column_begin > 0 ? l2[i] : 0.0;
@@ -217,25 +259,26 @@ class Contraction {
     merge_splits(sum, square);
     const Acc inverse = Acc(1 / double(plan_.rows_are_samples ? plan_.rows_are_samples : plan_.samples));
     const int64_t size = plan_.strip_size();
-    if (want_ & kGrad) write(weight_.grad, sum, strip, scratch);
+    if (out_.grad) write(*out_.grad, sum, strip, scratch);
     if (centered_) {
-      write(weight_.sum_grad_centered_squared, square, strip, scratch);
-      if (!(want_ & kSumGradSquared)) return;
+      write(*out_.sum_grad_centered_squared, square, strip, scratch);
+      if (!out_.sum_grad_squared) return;
       for (int64_t i = 0; i < size; ++i) square[i] = uncentered(square[i], sum[i], inverse);
     }
-    if (want_ & kSumGradSquared) write(weight_.sum_grad_squared, square, strip, scratch);
-    if (centered_ || !(want_ & kSumGradCenteredSquared)) return;
+    if (out_.sum_grad_squared) write(*out_.sum_grad_squared, square, strip, scratch);
+    if (centered_ || !out_.sum_grad_centered_squared) return;
     kernels_.center(sum, inverse, size, square);
-    write(weight_.sum_grad_centered_squared, square, strip, scratch);
+    write(*out_.sum_grad_centered_squared, square, strip, scratch);
   }
 
   void finish() {
-    if (!(want_ & (kGrad | kSumGradSquared | kSumGradCenteredSquared))) return;
+    if (!out_.sums()) return;
+    Acc* const squares = total_ ? total_ : square_;
     parallel_for(strip_begin_, strip_end_, 1, [&](int64_t begin, int64_t end) {
       std::vector<Acc> scratch(plan_.columns);
       for (int64_t strip = begin; strip < end; ++strip) {
         const int64_t offset = (strip - strip_begin_) * plan_.strip_size();
-        finish_strip(sum_ ? sum_ + offset : nullptr, square_ ? square_ + offset : nullptr, strip,
+        finish_strip(sum_ ? sum_ + offset : nullptr, squares ? squares + offset : nullptr, strip,
                      scratch.data());
       }
     });
@@ -243,15 +286,15 @@ class Contraction {
 
   const ContractPlan<Acc>& plan_;
   const Operands<Acc>& operands_;
-  const int64_t want_;
-  const StatsTensors& weight_;
+  const ContractResults& out_;
   Workspace workspace_;
   const Kernels<Acc>& kernels_;
-  bool centered_, partial_;
-  int64_t strips_per_pass_, splits_, split_size_, chunk_, strip_scratch_ = 0;
+  bool centered_, partial_, whole_strips_;
+  int64_t strips_per_pass_, splits_, split_size_, chunk_, V_, strip_scratch_ = 0;
   StripStore<Acc> store_;
   Acc *sum_ = nullptr, *square_ = nullptr;  // [splits, strips of a pass, blocks, mr, nv, lanes]
-  Acc* partial_tiles_ = nullptr;            // [strips of a pass, blocks, mr, nv, lanes]
+  Acc* total_ = nullptr;                    // the same; square_ is then that of one sample
+  Acc* partial_tiles_ = nullptr;            // [V, strips of a pass, blocks, mr, nv, lanes]
   Acc *a_, *b_, *scratch_ = nullptr;
   double* norm_ = nullptr;  // [samples of a chunk, units of a pass]
   int64_t strip_begin_ = 0, strip_end_ = 0, group_begin_ = 0, group_end_ = 0;  // of this pass
@@ -261,14 +304,14 @@ class Contraction {
 }  // namespace
 
 template <class Acc>
-void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, int64_t want,
-              const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed) {
-  Contraction<Acc>(plan, operands, want, weight).run(chunk_packed);
+void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, const ContractResults& results,
+              const std::function<void(int64_t, int64_t)>& chunk_packed) {
+  Contraction<Acc>(plan, operands, results).run(chunk_packed);
 }
 
-#define INSTANTIATE(Acc)                                                                                    \
-  template struct ContractPlan<Acc>;                                                                        \
-  template void contract<Acc>(const ContractPlan<Acc>&, const Operands<Acc>&, int64_t, const StatsTensors&, \
+#define INSTANTIATE(Acc)                                                                              \
+  template struct ContractPlan<Acc>;                                                                  \
+  template void contract<Acc>(const ContractPlan<Acc>&, const Operands<Acc>&, const ContractResults&, \
                               const std::function<void(int64_t, int64_t)>&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -17,15 +17,16 @@ int64_t product(const Dims& dims) { return dims[0] * dims[1] * dims[2]; }
 struct Image {
   const void* data;
   Storage storage;
-  int64_t channels, sample_stride, channel_stride;
+  int64_t channels, sample_stride, channel_stride, v_stride;  // from one of V such tensors to the next
   Dims size{1, 1, 1}, stride{0, 0, 0};
 
-  explicit Image(const Tensor& tensor)
+  Image(const Tensor& tensor, int64_t v_stride)
       : data(tensor.const_data_ptr()),
         storage(storage_of(tensor)),
         channels(tensor.size(1)),
         sample_stride(tensor.stride(0)),
-        channel_stride(tensor.stride(1)) {
+        channel_stride(tensor.stride(1)),
+        v_stride(v_stride) {
     const int64_t dims = tensor.dim() - 2;
     for (int64_t d = 0; d < dims; ++d)
       size[3 - dims + d] = tensor.size(2 + d), stride[3 - dims + d] = tensor.stride(2 + d);
@@ -43,13 +44,14 @@ class ConvOperands : public Operands<Acc> {
  public:
   using Piece = typename Operands<Acc>::Piece;
 
-  ConvOperands(const Tensor& image, const Tensor& pixels, const ConvGeometry& geometry, Method method)
-      : image_(image),
-        pixels_(pixels),
-        pixel_rows_(pixels, 2, pixels.dim()),
-        geometry_(geometry),
+  ConvOperands(const Convolution& conv, const OutputGradients<Acc>& gradients, Method method)
+      : image_(conv.image(), conv.transposed ? gradients.stride : 0),
+        pixels_(conv.pixels(), conv.transposed ? 0 : gradients.stride),
+        pixel_rows_(conv.pixels(), 2, conv.pixels().dim()),
+        geometry_(conv.geometry),
         method_(method),
         kernels_(kernels<Acc>()) {
+    const ConvGeometry& geometry = geometry_;
     const int64_t groups = geometry.groups, lanes = kernels_.lanes;
     channels_ = image_.channels / groups;
     for (int d = 0; d < 3; ++d) {
@@ -68,7 +70,8 @@ class ConvOperands : public Operands<Acc> {
     plan.groups = method == kGrouped ? ceil_div(groups, lanes) : groups;
     plan.all_rows = pixels_.channels, plan.rows = pixels_.channels / groups;
     plan.columns = plan.row_length = channels_ * positions;
-    plan.samples = image.size(0);
+    plan.samples = conv.input.size(0);
+    plan.V = gradients.V, plan.v_in_a = conv.transposed;
     plan.choose_tile(kernels_, method == kRows      ? runs_ * ceil_div(run_length_, lanes)
                                : method == kBlocked ? positions * channel_blocks_
                                : method == kPatches ? ceil_div(plan.columns, lanes)
@@ -82,7 +85,8 @@ class ConvOperands : public Operands<Acc> {
     const double packed = method_ == kPatches
                               ? double(plan.groups * plan.slabs * plan.slab_rows * plan.columns)
                               : double(plan.groups * plan.slabs * plan.a_group);
-    return double(product(pixels_.size)) * plan.cost() + 2 * packed;
+    const double copies = plan.v_in_a ? double(plan.V) : 1.0;
+    return double(plan.V * product(pixels_.size)) * plan.cost() + 2 * copies * packed;
   }
 
   // Fills the plan's tables.
@@ -160,7 +164,7 @@ class ConvOperands : public Operands<Acc> {
     for (int64_t strip = strip_begin; strip < strip_end; ++strip, dst += rows * mr * plan.b_lanes()) {
       const int64_t group = strip / plan.panels, o = strip % plan.panels * mr;
       pixel_rows_.for_runs(begin, end, [&](int64_t row, int64_t count, int64_t offset, int64_t stride) {
-        offset += piece.n * pixels_.sample_stride;
+        offset += piece.n * pixels_.sample_stride + piece.v * pixels_.v_stride;
         if (!groups) {
           const PackColumns columns{pixel_offset_.data(), std::min(mr, plan.rows - o), mr,
                                     pixels_.channel_stride == 1};
@@ -211,7 +215,8 @@ class ConvOperands : public Operands<Acc> {
   void choose_slab() {
     const int64_t limit = options().chunk_bytes ? options().chunk_bytes : kSlabBytes;
     slab_ = pixels_.size;
-    for (int d = 0;;) {
+    int64_t V = 1;
+    for (int d = 0;; V = plan.slab_V()) {
       for (int i = 0; i < 3; ++i)
         box_[i] = (slab_[i] - 1) * stride_[i] + (geometry_.kernel[i] - 1) * dilation_[i] + 1;
       plan.slab_rows = product(slab_);
@@ -219,7 +224,7 @@ class ConvOperands : public Operands<Acc> {
                          ? plan.blocks * plan.tile.nv * plan.lanes * plan.slab_rows
                          : product(box_) * pitch_ * (method_ == kBlocked ? channel_blocks_ : 1);
       const int64_t b = plan.strips_per_pass() * plan.slab_rows * plan.tile.mr * plan.b_lanes();
-      if ((plan.groups_per_pass() * plan.a_group + b) * int64_t(sizeof(Acc)) <= limit) break;
+      if (plan.packed(plan.groups_per_pass() * plan.a_group, b, V) * int64_t(sizeof(Acc)) <= limit) break;
       while (d < 3 && slab_[d] == 1) ++d;
       if (d == 3) break;
       slab_[d] = ceil_div(slab_[d], 2);
@@ -289,8 +294,8 @@ class ConvOperands : public Operands<Acc> {
     Line line;
     line.begin = std::min(x < 0 ? ceil_div(-x, step_[2]) : 0, box_[2]);
     line.end = std::clamp(ceil_div(image_.size[2] - x, step_[2]), line.begin, box_[2]);
-    line.offset = piece.n * image_.sample_stride + z * image_.stride[0] + y * image_.stride[1] +
-                  (x + line.begin * step_[2]) * image_.stride[2];
+    line.offset = piece.n * image_.sample_stride + piece.v * image_.v_stride + z * image_.stride[0] +
+                  y * image_.stride[1] + (x + line.begin * step_[2]) * image_.stride[2];
     line.stride = step_[2] * image_.stride[2];
     return line;
   }
@@ -365,29 +370,29 @@ class ConvOperands : public Operands<Acc> {
 }  // namespace
 
 template <class Acc>
-void conv_contract(const Tensor& image, const Tensor& pixels, const ConvGeometry& geometry, int64_t want,
-                   const StatsTensors& weight, const std::function<void(int64_t, int64_t)>& chunk_packed,
-                   const Acc* sample_weights) {
+void conv_contract(const Convolution& conv, const ContractResults& results,
+                   const std::function<void(int64_t, int64_t)>& chunk_packed, const Acc* sample_weights,
+                   const OutputGradients<Acc>& gradients) {
   const auto candidate = [&](Method method) {
-    return std::make_unique<ConvOperands<Acc>>(image, pixels, geometry, method);
+    return std::make_unique<ConvOperands<Acc>>(conv, gradients, method);
   };
   std::unique_ptr<ConvOperands<Acc>> best;
   for (Method method : {kBlocked, kRows, kPatches, kGrouped}) {
-    if (method == kGrouped && geometry.groups == 1) continue;
+    if (method == kGrouped && conv.geometry.groups == 1) continue;
     auto operands = candidate(method);
     const bool forced = options().method == method;
     if (!best || forced || operands->cost() < best->cost()) best = std::move(operands);
     if (forced) break;
   }
   best->finish_plan();
-  best->sample_weights = sample_weights;
-  contract<Acc>(best->plan, *best, want, weight, chunk_packed);
+  best->sample_weights = sample_weights, best->signs = gradients.signs;
+  contract<Acc>(best->plan, *best, results, chunk_packed);
 }
 
-#define INSTANTIATE(Acc)                                                                              \
-  template void conv_contract<Acc>(const Tensor&, const Tensor&, const ConvGeometry&, int64_t,        \
-                                   const StatsTensors&, const std::function<void(int64_t, int64_t)>&, \
-                                   const Acc*);
+#define INSTANTIATE(Acc)                                                                     \
+  template void conv_contract<Acc>(const Convolution&, const ContractResults&,               \
+                                   const std::function<void(int64_t, int64_t)>&, const Acc*, \
+                                   const OutputGradients<Acc>&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -26,15 +26,20 @@ struct StripStore {
 // so a convolution needs no im2col matrix. Lanes past column_lanes[v] hold anything: they reach no result.
 // With lanes_are_groups > 0 (depthwise convolutions) the lanes of both operands run over that many groups
 // instead of over columns.
+//
+// A sample may have V output gradients, whose G_nv are contracted like those of V samples: here "sample" is
+// (n, v) = q / V, q % V. One operand has V copies per sample and the other has one, whose *_v is 0.
 template <class Acc>
 struct ContractJob {
   const Acc* a;
-  int64_t a_sample, a_group;
+  int64_t a_sample, a_v, a_group;
   const int32_t* row_offset;     // [T]
   const int64_t* column_offset;  // [blocks * nv]
   const int32_t* column_lanes;   // [blocks * nv]
   const Acc* b;  // [samples, strips, T, mr] or [samples, strips, T, mr, lanes]; rows past `rows` are zero
-  int64_t b_sample;
+  int64_t b_sample, b_v;
+  int64_t V, v_begin, v_end;  // of the v_end output gradients of a sample, V from v_begin on
+  const Acc* signs;           // [samples]: factors of G_nv^2 in sums of squares; null: 1
   int64_t T, rows, panels, blocks, lanes_are_groups;
   int64_t unit_begin, units;  // range of this pass; `a` and `b` begin at its first group and strip
 
@@ -44,13 +49,18 @@ struct ContractJob {
   int64_t split_size;  // elements between the accumulators of two splits
   bool centered;
   // A sample too large to pack at once arrives in slabs of rows t: its tiles so far.
-  Acc* partial;  // [units, mr, nv, lanes]
+  Acc* partial;  // [samples, units, mr, nv, lanes]
   bool load_partial, store_partial;
 
   double* norm;  // [samples, units] sums of G_n^2 per tile, or null
 
-  void* batch_grad;  // [samples, batch_rows, store.row_length], or null
-  int64_t batch_rows;
+  void*
+      batch_grad;  // rows of length store.row_length, n * batch_rows + v * batch_v of them before G_nv; null
+  int64_t batch_rows, batch_v;
+  // sum_v signs G_nv^2, [samples n, batch_rows, store.row_length], or null. Then `square` is that of the
+  // current n alone, and `total` the sum over n.
+  Acc* batch_square;
+  Acc* total;  // as `square`, or null
   StripStore<Acc> store;
 };
 
@@ -59,7 +69,7 @@ struct ContractJob {
 template <class Acc>
 struct ContractRange {
   int64_t unit_begin, unit_end, sample_begin, sample_end;
-  int64_t split, split_count;  // accumulators to use, and how many samples they hold already
+  int64_t split, split_count;  // accumulators to use, and how many samples (with batch_square: n) they hold
   Acc* strip;                  // scratch [blocks, mr, nv, lanes] plus [columns] when batch_grad is wanted
 };
 

@@ -72,8 +72,8 @@ int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // One tile of one sample: the sum over t in registers, then everything wanted of it.
 template <class Acc, int MR, int NV, bool kLanesAreGroups>
-ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRange<Acc>& range, int64_t unit,
-                                 int64_t n, Acc* strip_tile) {
+ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, int64_t unit, int64_t q, int64_t split,
+                                 int64_t count, Acc* strip_tile) {  // count: samples in the accumulators
   constexpr int L = kLanes<Acc>;
   constexpr int64_t kTile = MR * NV * L;
   constexpr int64_t kRow = MR * (kLanesAreGroups ? L : 1);  // elements of b per t
@@ -81,8 +81,9 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
   const int64_t strip = unit / job.blocks, block = unit % job.blocks, group = strip / job.panels,
                 panel = strip % job.panels;
   const int64_t first_strip = job.unit_begin / job.blocks, first_group = first_strip / job.panels;
-  const Acc* a = job.a + n * job.a_sample + (group - first_group) * job.a_group;
-  const Acc* b = job.b + n * job.b_sample + (strip - first_strip) * job.T * kRow;
+  const int64_t n = q / job.V, v = q % job.V;
+  const Acc* a = job.a + n * job.a_sample + v * job.a_v + (group - first_group) * job.a_group;
+  const Acc* b = job.b + n * job.b_sample + v * job.b_v + (strip - first_strip) * job.T * kRow;
   const int64_t* column_offset = job.column_offset + block * NV;
   const Acc* column[NV];
 #pragma GCC unroll 32
@@ -123,7 +124,7 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
 
   const int64_t tile_begin = (unit - job.unit_begin) * kTile;
   if (job.partial) {
-    Acc* partial = job.partial + tile_begin;
+    Acc* partial = job.partial + q * job.units * kTile + tile_begin;
     if (job.load_partial) {
       FOR_TILE(m, v) acc[m][v] += load(partial + (m * NV + v) * L);
     }
@@ -146,14 +147,14 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
       if (kLanesAreGroups) lanes = min(lanes, job.lanes_are_groups - group * L);
       norm += lanes < L ? keep_lanes<Acc>(column_norm, lanes) : column_norm;
     }
-    job.norm[n * job.units + unit - job.unit_begin] = add_lanes<Acc>(norm);
+    job.norm[q * job.units + unit - job.unit_begin] = add_lanes<Acc>(norm);
   }
   if (strip_tile) {
     FOR_TILE(m, v) store_vector(strip_tile + (m * NV + v) * L, acc[m][v]);
   }
 
-  const int64_t count = range.split_count + n - range.sample_begin;  // samples in the accumulators so far
-  const int64_t accumulator = range.split * job.split_size + tile_begin;
+  const int64_t accumulator = split * job.split_size + tile_begin;
+  const Acc sign = job.signs ? job.signs[q] : Acc(1);
   Acc* sum = job.sum ? job.sum + accumulator : nullptr;
   Acc* square = job.square ? job.square + accumulator : nullptr;
   if (count == 0) {
@@ -164,7 +165,7 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
       FOR_TILE(m, v)
       store_vector(square + (m * NV + v) * L, V((acc[m][v] - acc[m][v]) * (acc[m][v] - acc[m][v])));
     } else if (square) {
-      FOR_TILE(m, v) store_vector(square + (m * NV + v) * L, V(acc[m][v] * acc[m][v]));
+      FOR_TILE(m, v) store_vector(square + (m * NV + v) * L, V(acc[m][v] * sign * acc[m][v]));
     }
   } else if (job.centered) {  // Youngs and Cramer 1971: like Welford's update, on the sum instead of the mean
     const Acc inverse = Acc(1.0 / double(count + 1)), weight = Acc(double(count + 1) / double(count));
@@ -181,7 +182,8 @@ ALWAYS_INLINE void contract_tile(const ContractJob<Acc>& job, const ContractRang
     }
     if (square) {
       FOR_TILE(m, v)
-      store_vector(square + (m * NV + v) * L, V(load(square + (m * NV + v) * L) + acc[m][v] * acc[m][v]));
+      store_vector(square + (m * NV + v) * L,
+                   V(load(square + (m * NV + v) * L) + acc[m][v] * sign * acc[m][v]));
     }
   }
 }
@@ -218,23 +220,44 @@ void store_strip(const StripStore<Acc>& store, const Acc* strip, int64_t strip_i
     }
 }
 
+// The sum over v of one sample n and strip is complete: stores it and adds it to the total.
+template <class Acc>
+void finish_sample(const ContractJob<Acc>& job, const Acc* square, int64_t strip_size, int64_t strip,
+                   int64_t n, bool first, Acc* total) {
+  StripStore<Acc> store = job.store;
+  store.convert = nullptr;
+  store_strip<Acc>(store, square, strip, nullptr, job.batch_square, n * job.batch_rows);
+  if (!total) return;
+  for (int64_t i = 0; i < strip_size; ++i) total[i] = first ? square[i] : total[i] + square[i];
+}
+
 template <class Acc, int MR, int NV, bool kLanesAreGroups>
 void contract(const ContractJob<Acc>& job, const ContractRange<Acc>& range) {
   constexpr int64_t kTile = MR * NV * kLanes<Acc>;
-  if (!job.batch_grad) {
+  if (!job.batch_grad && !job.batch_square) {
     for (int64_t unit = range.unit_begin; unit < range.unit_end; ++unit)
-      for (int64_t n = range.sample_begin; n < range.sample_end; ++n)
-        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, range, unit, n, nullptr);
+      for (int64_t q = range.sample_begin; q < range.sample_end; ++q)
+        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, unit, q, range.split,
+                                                    range.split_count + q - range.sample_begin, nullptr);
     return;
   }
   for (int64_t begin = range.unit_begin; begin < range.unit_end; begin += job.blocks)  // whole strips
-    for (int64_t n = range.sample_begin; n < range.sample_end; ++n) {
+    for (int64_t q = range.sample_begin; q < range.sample_end; ++q) {
+      const int64_t n = q / job.V, v = q % job.V, strip = begin / job.blocks;
+      const int64_t count = job.batch_square ? job.v_begin + v : range.split_count + q - range.sample_begin;
       for (int64_t block = 0; block < job.blocks; ++block)
-        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, range, begin + block, n,
-                                                    range.strip + block * kTile);
-      if (!job.store_partial)
-        store_strip(job.store, range.strip, begin / job.blocks, range.strip + job.blocks * kTile,
-                    job.batch_grad, n * job.batch_rows);
+        contract_tile<Acc, MR, NV, kLanesAreGroups>(job, begin + block, q, range.split, count,
+                                                    job.batch_grad ? range.strip + block * kTile : nullptr);
+      if (job.store_partial) continue;
+      if (job.batch_grad)
+        store_strip(job.store, range.strip, strip, range.strip + job.blocks * kTile, job.batch_grad,
+                    n * job.batch_rows + v * job.batch_v);
+      if (job.batch_square && job.v_begin + v + 1 == job.v_end) {
+        const int64_t accumulator = range.split * job.split_size + (begin - job.unit_begin) * kTile;
+        const bool first = range.split_count + n - range.sample_begin / job.V == 0;
+        finish_sample(job, job.square + accumulator, job.blocks * kTile, strip, n, first,
+                      job.total ? job.total + accumulator : nullptr);
+      }
     }
 }
 

@@ -15,7 +15,7 @@ void compute(const Convolution& conv, int64_t weight_want, int64_t bias_want, co
   BiasStats<Acc> bias_stats(conv.grad_output, 1, bias_want, bias, workspace);
   const auto add_bias = [&](int64_t begin, int64_t end) { bias_stats.add(begin, end); };
   if (weight_want)
-    conv_contract<Acc>(conv.image(), conv.pixels(), conv.geometry, weight_want, weight, add_bias);
+    conv_contract<Acc>(conv, {weight, weight_want}, add_bias);
   else
     add_bias(0, conv.grad_output.size(0));
   bias_stats.finish();
@@ -34,7 +34,7 @@ void weighted_sum(const Convolution& conv, const Tensor& sample_weights, bool /*
   const auto compute = [&]<class Acc>(Acc) {
     const std::vector<Acc> weights = values<Acc>(sample_weights);
     const auto nothing = [](int64_t, int64_t) {};
-    conv_contract<Acc>(conv.image(), conv.pixels(), conv.geometry, kGrad, weight, nothing, weights.data());
+    conv_contract<Acc>(conv, {weight, kGrad}, nothing, weights.data());
   };
   conv.input.scalar_type() == ScalarType::Double ? compute(double()) : compute(float());
 }

@@ -15,98 +15,13 @@
 
 #include "common/aten.h"
 #include "cpu/bias.h"
-#include "cpu/contract.h"
-#include "cpu/options.h"
-#include "cpu/strided.h"
+#include "cpu/linear.h"
 #include "ops/operators.h"
 
 namespace backpack_cuda::cpu {
 namespace {
 
 using torch::stable::parallel_for;
-
-// One operand as a matrix of rows (n, t).
-struct Matrix {
-  const void* data;
-  Storage storage;
-  Rows rows;                     // [N * T]
-  std::vector<int64_t> columns;  // offsets
-  bool contiguous;               // columns side by side
-
-  explicit Matrix(const Tensor& tensor)  // [N, *, columns]
-      : data(tensor.const_data_ptr()),
-        storage(storage_of(tensor)),
-        rows(tensor, 0, tensor.dim() - 1),
-        columns(tensor.size(tensor.dim() - 1)) {
-    const int64_t stride = tensor.stride(tensor.dim() - 1);
-    for (size_t c = 0; c < columns.size(); ++c) columns[c] = int64_t(c) * stride;
-    contiguous = stride == 1;
-  }
-  int64_t width() const { return int64_t(columns.size()); }
-
-  // Rows [begin, end), columns [column, column + count) and zeros, to dst [end - begin, width].
-  template <class Acc>
-  void pack(int64_t begin, int64_t end, int64_t column, int64_t count, int64_t width, bool square,
-            Acc* dst) const {
-    const PackColumns block{columns.data() + column, count, width, contiguous};
-    rows.for_runs(begin, end, [&](int64_t row, int64_t count, int64_t offset, int64_t stride) {
-      kernels<Acc>().pack[storage](data, offset, stride, count, block, square, dst + (row - begin) * width,
-                                   width);
-    });
-  }
-};
-
-// Packs a and b in blocks of columns [block, t, width], so that a tile reads consecutive memory.
-template <class Acc>
-class LinearOperands : public Operands<Acc> {
- public:
-  using Piece = typename Operands<Acc>::Piece;
-  LinearOperands(const ContractPlan<Acc>& plan, const Matrix& a, const Matrix& b, int64_t T)
-      : plan_(plan), a_(a), b_(b), T_(T) {}
-
-  int64_t rows_in_slab(int64_t slab) const override {
-    return std::min(plan_.slab_rows, T_ - slab * plan_.slab_rows);
-  }
-
-  void pack_a(const Piece& piece, int64_t, int64_t, Acc* dst) const override {
-    const int64_t width = plan_.tile.nv * plan_.lanes;
-    for (int64_t block = 0; block < plan_.blocks; ++block)
-      pack(a_, piece, plan_.column_begin + block * width, plan_.columns - block * width, width,
-           dst + block * plan_.slab_rows * width);
-  }
-
-  void pack_b(const Piece& piece, int64_t strip_begin, int64_t strip_end, Acc* dst) const override {
-    const int64_t width = plan_.tile.mr, rows = rows_in_slab(piece.slab);
-    for (int64_t strip = strip_begin; strip < strip_end; ++strip)
-      pack(b_, piece, strip * width, plan_.rows - strip * width, width,
-           dst + (strip - strip_begin) * rows * width, this->sample_weights);
-  }
-
-  int64_t rows_of_a_sample = 1;  // to which one of sample_weights belongs
-
- private:
-  // Columns from `column` on, of which `left` are there.
-  void pack(const Matrix& matrix, const Piece& piece, int64_t column, int64_t left, int64_t width, Acc* dst,
-            const Acc* sample_weights = nullptr) const {
-    const int64_t rows = rows_in_slab(piece.slab), first = piece.n * T_ + piece.slab * plan_.slab_rows,
-                  all = matrix.rows.count();
-    const int64_t begin = rows * piece.part / piece.parts, end = rows * (piece.part + 1) / piece.parts;
-    const int64_t valid = std::clamp(all - first, begin, end);  // the last block of rows may be short
-    matrix.pack(first + begin, first + valid, column, std::min(left, width), width, piece.square,
-                dst + begin * width);
-    if (sample_weights) {
-      for (int64_t r = begin; r < valid; ++r) {
-        const Acc sample_weight = sample_weights[(first + r) / rows_of_a_sample];
-        for (int64_t c = 0; c < width; ++c) dst[r * width + c] *= sample_weight;
-      }
-    }
-    std::fill(dst + valid * width, dst + end * width, Acc(0));
-  }
-
-  const ContractPlan<Acc>& plan_;
-  const Matrix &a_, &b_;
-  const int64_t T_;
-};
 
 template <class Acc>
 class Linear {
@@ -153,60 +68,26 @@ class Linear {
   }
 
  private:
-  // Calls run(plan) for every range of columns: the accumulators of a strip are as wide as the range.
-  template <class F>
-  void for_plans(int64_t samples, int64_t T, const F& run) const {
-    constexpr int64_t kColumns = 1 << 14;
-    const int64_t ranges = ceil_div(I_, kColumns), columns = round_up(ceil_div(I_, ranges), 64);
-    for (int64_t begin = 0; begin < I_; begin += columns)
-      run(plan(samples, T, begin, std::min(begin + columns, I_)));
-  }
-
-  // `samples` samples of T rows, columns [column_begin, column_end).
-  ContractPlan<Acc> plan(int64_t samples, int64_t T, int64_t column_begin, int64_t column_end) const {
-    ContractPlan<Acc> plan;
-    plan.samples = samples;
-    plan.groups = 1;
-    plan.all_rows = plan.rows = O_;
-    plan.columns = column_end - column_begin, plan.column_begin = column_begin, plan.row_length = I_;
-    plan.choose_tile(kernels_, ceil_div(plan.columns, kernels_.lanes));
-    const int64_t width = plan.tile.nv * plan.lanes;
-    const int64_t row_bytes =
-        (plan.blocks * width + plan.strips_per_pass() * plan.tile.mr) * int64_t(sizeof(Acc));
-    const int64_t slab_bytes = options().chunk_bytes ? options().chunk_bytes : kSlabBytes;
-    plan.slab_rows = std::clamp<int64_t>(slab_bytes / row_bytes, 1, std::min<int64_t>(T, 1 << 16));
-    plan.slabs = ceil_div(T, plan.slab_rows);
-    plan.a_group = plan.blocks * plan.slab_rows * width;
-    for (int64_t t = 0; t < plan.slab_rows; ++t) plan.row_offset.push_back(int32_t(t * width));
-    for (int64_t v = 0; v < plan.blocks * plan.tile.nv; ++v) {
-      plan.column_offset[v] = v / plan.tile.nv * plan.slab_rows * width + v % plan.tile.nv * plan.lanes;
-      plan.column_lanes[v] = int32_t(std::clamp<int64_t>(plan.columns - v * plan.lanes, 0, plan.lanes));
-    }
-    return plan;
-  }
-
   void add_bias(int64_t end) {
     bias_.add(bias_done_, end);
     bias_done_ = end;
   }
 
   void contract_samples() {
-    for_plans(N_, T_, [&](const ContractPlan<Acc>& plan) {
+    for_linear_plans<Acc>(O_, I_, N_, T_, 1, [&](const ContractPlan<Acc>& plan) {
       const LinearOperands<Acc> operands(plan, a_, b_, T_);
-      contract<Acc>(plan, operands, want_, weight_, [&](int64_t, int64_t end) { add_bias(end); });
+      contract<Acc>(plan, operands, {weight_, want_}, [&](int64_t, int64_t end) { add_bias(end); });
     });
   }
 
   // Sums over all rows (n, t) at once, in blocks of rows. Sums of squares are only those of G_n when T = 1.
   void products(int64_t want, bool squares) {
-    const int64_t rows = N_ * T_;
-    const int64_t fitting = kChunkBytes / ((I_ + O_) * int64_t(sizeof(Acc)));
-    const int64_t block = std::min(rows, std::clamp<int64_t>(fitting, 64, 1024));
-    for_plans(ceil_div(rows, block), block, [&](ContractPlan<Acc> plan) {
+    const int64_t rows = N_ * T_, block = rows_per_block<Acc>(rows, I_, O_);
+    for_linear_plans<Acc>(O_, I_, ceil_div(rows, block), block, 1, [&](ContractPlan<Acc> plan) {
       if (squares) plan.rows_are_samples = N_;
       LinearOperands<Acc> operands(plan, a_, b_, block);
       operands.sample_weights = sample_weights_, operands.rows_of_a_sample = T_;
-      contract<Acc>(plan, operands, want, weight_,
+      contract<Acc>(plan, operands, {weight_, want},
                     [&](int64_t, int64_t end) { add_bias(std::min(end * block, rows) / T_); });
     });
   }
@@ -262,9 +143,9 @@ class Linear {
           mean.assign(outputs.size() * kColumns, 0), squares.assign(outputs.size() * kColumns, 0);
           for (int64_t n = 0; n < N_; n += kRows) {
             const int64_t rows = std::min(kRows, N_ - n);
-            a_.pack(n, n + rows, i, width, kColumns, false, a.data());
+            a_.pack(0, n, n + rows, i, width, kColumns, false, a.data());
             for (size_t k = 0; k < outputs.size(); ++k) {
-              b_.pack(n, n + rows, outputs[k], 1, 1, false, b.data());
+              b_.pack(0, n, n + rows, outputs[k], 1, 1, false, b.data());
               Acc row_mean[kColumns], row_squares[kColumns];
               kernels_.deviation(a.data(), b.data(), rows, row_mean, row_squares);
               for (int64_t c = 0; c < width; ++c) {  // Chan, Golub and LeVeque 1979
@@ -290,24 +171,13 @@ class Linear {
     return torch::stable::reshape(aten::detach(tensor), {tensor.size(0), tensor.size(tensor.dim() - 1)});
   }
 
-  // Row (n, t) in Acc: in place where it lies so already, else in `scratch`.
-  const Acc* row(const Matrix& matrix, int64_t index, Acc* scratch) const {
-    const bool in_place = matrix.contiguous && matrix.storage == (sizeof(Acc) == 8 ? kFloat64 : kFloat32);
-    const Acc* result = scratch;
-    matrix.rows.for_runs(index, index + 1, [&](int64_t, int64_t, int64_t offset, int64_t) {
-      if (in_place) result = static_cast<const Acc*>(matrix.data) + offset;
-    });
-    if (!in_place) matrix.pack(index, index + 1, 0, matrix.width(), matrix.width(), false, scratch);
-    return result;
-  }
-
   void outer_norms() {
     Acc* l2 = static_cast<Acc*>(weight_.batch_l2.mutable_data_ptr());
     parallel_for(0, N_, 16, [&](int64_t begin, int64_t end) {
       std::vector<Acc> scratch(std::max(I_, O_));
       for (int64_t n = begin; n < end; ++n) {
-        const double a = kernels_.sum_squares(row(a_, n, scratch.data()), I_);
-        l2[n] = Acc(a * kernels_.sum_squares(row(b_, n, scratch.data()), O_));
+        const double a = kernels_.sum_squares(a_.row(0, n, scratch.data()), I_);
+        l2[n] = Acc(a * kernels_.sum_squares(b_.row(0, n, scratch.data()), O_));
       }
     });
   }
@@ -317,14 +187,9 @@ class Linear {
     void* out = weight_.batch_grad.mutable_data_ptr();
     parallel_for(0, N_, 1, [&](int64_t begin, int64_t end) {
       std::vector<Acc> a_scratch(I_), b_scratch(O_), product(convert ? I_ : 0);
-      for (int64_t n = begin; n < end; ++n) {
-        const Acc *a = row(a_, n, a_scratch.data()), *b = row(b_, n, b_scratch.data());
-        for (int64_t o = 0; o < O_; ++o) {
-          const int64_t offset = (n * O_ + o) * I_;
-          kernels_.scale(a, b[o], I_, convert ? product.data() : static_cast<Acc*>(out) + offset);
-          if (convert) convert(product.data(), I_, out, offset);
-        }
-      }
+      for (int64_t n = begin; n < end; ++n)
+        outer_product<Acc>(b_.row(0, n, b_scratch.data()), O_, a_.row(0, n, a_scratch.data()), I_, convert,
+                           product.data(), out, n * O_ * I_);
     });
   }
 
@@ -349,8 +214,8 @@ class Linear {
     parallel_for(0, slots, 1, [&](int64_t slot_begin, int64_t slot_end) {
       Acc *a = scratch + slot_begin * T_ * gram_width(), *b = a + T_ * a_width;
       for (int64_t n = slot_begin * N_ / slots; n < slot_end * N_ / slots; ++n) {
-        a_.pack(n * T_, (n + 1) * T_, 0, I_, a_width, false, a);
-        b_.pack(n * T_, (n + 1) * T_, 0, O_, b_width, false, b);
+        a_.pack(0, n * T_, (n + 1) * T_, 0, I_, a_width, false, a);
+        b_.pack(0, n * T_, (n + 1) * T_, 0, O_, b_width, false, b);
         const double norm = kernels_.gram_norm(a, a_width, b, b_width, T_);
         l2[n] = Acc(norm < 0 ? 0 : norm);  // rounding; NaN stays
       }
