@@ -7,6 +7,7 @@ are right far from zero, where autograd's own often are not.
 
 from collections.abc import Callable
 from math import log, pi, sqrt
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -42,6 +43,12 @@ LINEAR = frozenset(
 )
 
 
+def operand_metadata(node: Node, operand: int):
+    """Size, type and device of a node's operand."""
+    edge, output_nr = node.next_functions[operand]
+    return edge._input_metadata[output_nr]
+
+
 def _only_copies(node: Node) -> bool:
     """Whether a change of a view in place, by whatever function, is linear: its backward depends on no operand."""
     (output,) = node._input_metadata
@@ -56,7 +63,7 @@ def _only_copies(node: Node) -> bool:
 
 # As LINEAR, under a condition.
 LINEAR_IF: dict[str, Callable[[Node], bool]] = {
-    "Abs": lambda node: not node._saved_self.is_complex(),
+    "Abs": lambda node: not operand_metadata(node, 0).dtype.is_complex,
     "ScatterReduce": lambda node: node._saved_reduce != "prod",
     "CopySlices": _only_copies,
 }
@@ -101,27 +108,38 @@ BATCH_NORMS = frozenset("NativeBatchNorm CudnnBatchNorm MiopenBatchNorm".split()
 STEPS = frozenset("Sign Floor Ceil Round Trunc Zero".split())
 
 
-def _saved(tensor: Tensor) -> Tensor:
+class Saved(SimpleNamespace):
+    """What a node has saved, by name."""
+
+    @classmethod
+    def of(cls, node: Node) -> "Saved":
+        """Reads every attribute once."""
+        return cls(
+            **{name.removeprefix("_saved_"): getattr(node, name) for name in dir(node) if name.startswith("_saved_")}
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
     """A saved tensor in the type of statistics."""
     return tensor.to(statistics_dtype(tensor.dtype))
 
 
-def _of_input(second_derivative: Callable[[Tensor], Tensor]) -> Callable[[Node], Tensor]:
+def _of_input(second_derivative: Callable[[Tensor], Tensor]) -> Callable[[Saved], Tensor]:
     """phi'' of a function that saves its input."""
-    return lambda node: second_derivative(_saved(node._saved_self))
+    return lambda saved: second_derivative(_wide(saved.self))
 
 
-def _of_result(second_derivative: Callable[[Tensor], Tensor]) -> Callable[[Node], Tensor]:
+def _of_result(second_derivative: Callable[[Tensor], Tensor]) -> Callable[[Saved], Tensor]:
     """phi'' of a function that saves its result, from which phi'' follows."""
-    return lambda node: second_derivative(_saved(node._saved_result))
+    return lambda saved: second_derivative(_wide(saved.result))
 
 
-def _by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Node], Tensor]:
+def _by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Saved], Tensor]:
     """phi'' of a rare function that saves its input."""
 
-    def second_derivative(node: Node) -> Tensor:
+    def second_derivative(saved: Saved) -> Tensor:
         create_graph = torch.is_grad_enabled()
-        x = _saved(node._saved_self)
+        x = _wide(saved.self)
         with torch.enable_grad():
             x = x if create_graph else x.detach().requires_grad_()
             (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
@@ -131,9 +149,9 @@ def _by_autograd(function: Callable[[Tensor], Tensor]) -> Callable[[Node], Tenso
     return second_derivative
 
 
-def _gelu(node: Node) -> Tensor:
-    x = _saved(node._saved_self).clamp(-50, 50)  # far beyond, phi'' is 0 and its factors overflow
-    if node._saved_approximate == "none":
+def _gelu(saved: Saved) -> Tensor:
+    x = _wide(saved.self).clamp(-50, 50)  # far beyond, phi'' is 0 and its factors overflow
+    if saved.approximate == "none":
         return (-x * x / 2).exp() * (2 - x * x) / sqrt(2 * pi)
     # x (1 + tanh u) / 2 with u = scale (x + cubic x^3)
     scale, cubic = sqrt(2 / pi), 0.044715
@@ -155,53 +173,53 @@ def _mish(x: Tensor) -> Tensor:
     return slope * s * (2 + x * (q - 2 * w * s))
 
 
-def _softplus(node: Node) -> Tensor:
-    x, beta = _saved(node._saved_self) * node._saved_beta, node._saved_beta
+def _softplus(saved: Saved) -> Tensor:
+    x, beta = _wide(saved.self) * saved.beta, saved.beta
     curved = beta * torch.sigmoid(x) * torch.sigmoid(-x)
-    return torch.where(x <= node._saved_threshold, curved, torch.zeros_like(x))
+    return torch.where(x <= saved.threshold, curved, torch.zeros_like(x))
 
 
-def _elu(node: Node) -> Tensor:
-    height, rate = node._saved_alpha * node._saved_scale, node._saved_input_scale
-    if hasattr(node, "_saved_self"):
-        x = _saved(node._saved_self)
+def _elu(saved: Saved) -> Tensor:
+    height, rate = saved.alpha * saved.scale, saved.input_scale
+    if hasattr(saved, "self"):
+        x = _wide(saved.self)
         curved = height * (x.clamp(max=0) * rate).exp()
     else:  # in place
-        x = _saved(node._saved_result)
+        x = _wide(saved.result)
         curved = x + height
     return torch.where(x < 0, rate**2 * curved, torch.zeros_like(x))
 
 
-def _celu(node: Node) -> Tensor:
-    alpha = node._saved_alpha
-    if hasattr(node, "_saved_self"):
-        x = _saved(node._saved_self)
+def _celu(saved: Saved) -> Tensor:
+    alpha = saved.alpha
+    if hasattr(saved, "self"):
+        x = _wide(saved.self)
         curved = (x.clamp(max=0) / alpha).exp() / alpha
     else:
-        x = _saved(node._saved_result)
+        x = _wide(saved.result)
         curved = (x + alpha) / alpha**2
     return torch.where(x < 0, curved, torch.zeros_like(x))
 
 
-def _pow_in_base(node: Node) -> Tensor:
-    if not isinstance(node._saved_self, Tensor):
-        return _pow_in_exponent(node)  # the only operand
-    base, exponent = _saved(node._saved_self), node._saved_exponent
+def _pow_in_base(saved: Saved) -> Tensor:
+    if not isinstance(saved.self, Tensor):
+        return _pow_in_exponent(saved)  # the only operand
+    base, exponent = _wide(saved.self), saved.exponent
     factor = exponent * (exponent - 1)
     if isinstance(exponent, Tensor):
         return factor * base.pow(torch.where(factor == 0, 0.0, exponent - 2))  # no 0 * inf for 0^0 and 0^1
     return factor * base.pow(exponent - 2) if factor else torch.zeros_like(base)
 
 
-def _pow_in_exponent(node: Node) -> Tensor:
-    base, result = node._saved_self, _saved(node._saved_result)
+def _pow_in_exponent(saved: Saved) -> Tensor:
+    base, result = saved.self, _wide(saved.result)
     if isinstance(base, Tensor):
         return result * torch.where(base == 0, 1.0, base).log().square()
     return result * (log(base) ** 2 if base else 0.0)
 
 
 # Elementwise: operand index -> phi'' in that operand, in the type of statistics.
-ELEMENTWISE: dict[str, dict[int, Callable[[Node], Tensor]]] = {
+ELEMENTWISE: dict[str, dict[int, Callable[[Saved], Tensor]]] = {
     name: {0: second_derivative}
     for name, second_derivative in {
         "Sigmoid": _of_result(lambda y: y * (1 - y) * (1 - 2 * y)),
@@ -237,5 +255,5 @@ ELEMENTWISE: dict[str, dict[int, Callable[[Node], Tensor]]] = {
         },
     }.items()
 }
-ELEMENTWISE["Div"] = {1: lambda node: 2 * _saved(node._saved_self) / _saved(node._saved_other) ** 3}  # linear in 0
+ELEMENTWISE["Div"] = {1: lambda saved: 2 * _wide(saved.self) / _wide(saved.other) ** 3}  # linear in 0
 ELEMENTWISE["Pow"] = {0: _pow_in_base, 1: _pow_in_exponent}

@@ -31,7 +31,10 @@ from backpack_cuda.curvature.functions import (
     LINEAR_IF,
     PRODUCTS,
     STEPS,
+    Saved,
+    operand_metadata,
 )
+from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.stats import statistics_dtype
 
@@ -73,7 +76,7 @@ class _Source(NamedTuple):
 
     node: Node
     operand: int
-    second_derivative: Callable[[Node], Tensor]
+    second_derivative: Callable[[Saved], Tensor]
 
 
 class _Walk:
@@ -149,7 +152,7 @@ class _Walk:
             return union
         edges = node.next_functions
         if name == "Mul" and len(edges) == 2 and edges[0] == edges[1]:  # x * x
-            self._add_source(node, 0, union, lambda node: torch.tensor(2.0))
+            self._add_source(node, 0, union, lambda saved: torch.tensor(2.0))
             return union
         if name in PRODUCTS:
             self._check_apart(node, [operands[i] for i in PRODUCTS[name] if i < len(operands)])
@@ -163,7 +166,7 @@ class _Walk:
         raise _unknown(node)
 
     def _add_source(
-        self, node: Node, operand: int, dependence: int, second_derivative: Callable[[Node], Tensor]
+        self, node: Node, operand: int, dependence: int, second_derivative: Callable[[Saved], Tensor]
     ) -> None:
         inside = dependence & self._past_layers
         if inside:
@@ -171,8 +174,7 @@ class _Walk:
                 f"no Hessian diagonal of {self._named(inside)}: its module is not linear in it, but applies "
                 f"{_readable(node)} to what depends on it"
             )
-        operand_node, output_nr = node.next_functions[operand]
-        if operand_node._input_metadata[output_nr].dtype.is_complex:
+        if operand_metadata(node, operand).dtype.is_complex:
             raise _unknown(node)
         self.sources.append(_Source(node, operand, second_derivative))
 
@@ -249,8 +251,14 @@ def residual_sources(
         ValueError: dimension 0 of some function's input or layer's output is not the batch, or samples are mixed.
     """
     walk = _Walk(layers)
-    walk.run(prediction.grad_fn)
-    if not walk.sources or not batch_size:
+
+    def second_derivatives() -> list[Tensor]:
+        walk.run(prediction.grad_fn)
+        saved = {source.node: Saved.of(source.node) for source in walk.sources}
+        return [source.second_derivative(saved[source.node]) for source in walk.sources]
+
+    curvatures = in_own_pass(second_derivatives)
+    if not curvatures or not batch_size:
         return []
     names = [_readable(source.node) for source in walk.sources]
     edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
@@ -267,9 +275,9 @@ def residual_sources(
         allow_unused=True,
     )
     result = []
-    for source, name, edge, grad_output in zip(walk.sources, names, edges, grad_outputs, strict=True):
+    for second_derivative, name, edge, grad_output in zip(curvatures, names, edges, grad_outputs, strict=True):
         if grad_output is not None:
-            curvature = source.second_derivative(source.node) * grad_output.to(statistics_dtype(grad_output.dtype))
+            curvature = second_derivative * grad_output.to(statistics_dtype(grad_output.dtype))
             x = edge.node._input_metadata[edge.output_nr]
             result.append(ResidualSource(edge, _one_hot(curvature.sum_to_size(x.shape), x.dtype, batch_size), name))
     return result

@@ -17,6 +17,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
@@ -61,34 +62,6 @@ class LayerCall:
         args, kwargs = observation.rebuild_inputs(saved)
         form = observation.form
         return LoopedColumns([form(observation, args, kwargs, grads) for grads in zip(*filled, strict=True)])
-
-
-class _ReadSaved(torch.autograd.Function):
-    """Its backward reads what graph nodes have saved, in a backward pass of its own.
-
-    Activation checkpointing allows each saved tensor to be read once per backward pass: the one that runs now is the
-    layers' own.
-    """
-
-    @staticmethod
-    def forward(ctx, trigger, layers, saved):
-        ctx.layers, ctx.saved = layers, saved
-        return trigger.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        ctx.saved.extend(layer.node.saved_tensors for layer in ctx.layers)
-        return grad, None, None
-
-
-def _saved_tensors(layers: Sequence[LayerCall]) -> list[tuple[Tensor | None, ...]]:
-    """What each layer's node has saved."""
-    saved = []
-    with torch.enable_grad():
-        trigger = torch.zeros((), requires_grad=True)
-        read = _ReadSaved.apply(trigger, layers, saved)
-    torch.autograd.grad(read, trigger, create_graph=torch.is_grad_enabled())
-    return saved
 
 
 class Source(NamedTuple):
@@ -137,7 +110,7 @@ class Sweep:
         for ext in self.extensions:
             by_root.setdefault((ext.root.kind, ext.root.mc_samples), []).append(ext)
         with self._marked():
-            self.saved = dict(zip(map(id, self.layers), _saved_tensors(self.layers), strict=True))
+            self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
             for (kind, mc_samples), extensions in by_root.items():
                 if kind == "exact":
                     every = any(ext.needs_every_column for ext in extensions)
