@@ -21,6 +21,10 @@ OPERATORS = (
     "linear_weighted_grad",
     "conv_weighted_grad",
     "conv_transpose_weighted_grad",
+    "linear_column_stats",
+    "conv_column_stats",
+    "conv_transpose_column_stats",
+    "bias_column_stats",
     "_cuda_option",
 )
 

@@ -43,6 +43,15 @@ class StatsOutputs(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in NAMES]
 
 
+class ColumnOutputs(ctypes.Structure):
+    NAMES = ("signs", "factor", "batch_diag", "diag")
+    _fields_ = [
+        ("V", ctypes.c_int),
+        *[(name, ctypes.c_int64) for name in ("a_stride_v", "b_stride_v")],
+        *[(name, ctypes.c_void_p) for name in NAMES],
+    ]
+
+
 class Options(ctypes.Structure):
     """Of csrc/cuda/common/options.h."""
 

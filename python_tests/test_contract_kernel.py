@@ -48,7 +48,8 @@ SMALL_TILE = (KERNEL, "if constexpr (kPrecision != ContractPrecision::kTf32x3) {
 def build(precision, loaders, **options):
     sources = ["contract_plan.cpp", "contract_launch.cpp", "contract_join_parts.cu"]
     sources += [f"contract_{precision}_{loader}.cu" for loader in loaders]
-    others = ["cuda/merge/merge.cu", "harness/tests/contract_entry.cpp", "harness/tests/contract_launchers.cpp"]
+    others = ["cuda/merge/merge.cu", "cuda/columns/column_sums.cu"]
+    others += ["harness/tests/contract_entry.cpp", "harness/tests/contract_launchers.cpp"]
     return harness_build.build([*(f"{FOLDER}/{source}" for source in sources), *others], **options)
 
 
@@ -252,8 +253,8 @@ FAULTS = {
         wrong(
             (
                 KERNEL,
-                "params.N) * (split + 1) / params.splits)",
-                "params.N) * (split + 1) / params.splits) + (split == 0)",
+                "(units * (split + 1) / params.splits) * unit",
+                "(units * (split + 1) / params.splits) * unit + (split == 0)",
             ),
             report="",
         ),
@@ -395,7 +396,11 @@ FAULTS = {
         wrong((KERNEL, "i % channels * volume + i / channels", "i % volume * channels + i / volume")),
     ),
     "no edge below": ("tf32", "rows", outside_at_store((EPILOGUE, "if (o >= params.O) continue;", ""))),
-    "wide stores into odd rows": ("tf32", "elements", outside_at_store((LAUNCH, "params.I % 4 == 0 &&", ""))),
+    "wide stores into odd rows": (
+        "tf32",
+        "elements",
+        outside_at_store((LAUNCH, "params.I % 4 == 0 && aligned(out.grad)", "aligned(out.grad)")),
+    ),
     # results
     "the weight of the new sample": (
         "tf32",
@@ -416,7 +421,7 @@ FAULTS = {
     "all splits' sums in one place": (
         "tf32",
         "rows",
-        wrong((EPILOGUE, "params_.partial_sums + part * elements()", "params_.partial_sums")),
+        wrong((EPILOGUE, "store(params_.partial_sums + part * elements(), sum)", "store(params_.partial_sums, sum)")),
     ),
     "splits of the positions begin at the first": (
         "tf32",

@@ -23,6 +23,11 @@ inline Tensor mul(const Tensor& a, const Tensor& b) {
   return call<2>("aten::mul", "Tensor", {value(a), value(b)});
 }
 
+// out = a * b, broadcast
+inline void mul_out(const Tensor& a, const Tensor& b, const Tensor& out) {
+  call<3>("aten::mul", "out", {value(a), value(b), value(out)});
+}
+
 // out = a b
 inline void mm_out(const Tensor& a, const Tensor& b, const Tensor& out) {
   call<3>("aten::mm", "out", {value(a), value(b), value(out)});

@@ -8,13 +8,11 @@
 
 namespace backpack_cuda::cuda {
 
-void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutputs& out,
-                const CudaCall& call) {
+BiasProblem bias_problem_of(Tensor& operand, int64_t channel_dim) {
   std::vector<int64_t> positions;
-  for (int64_t d = 1; d < grad_output.dim(); ++d) {
+  for (int64_t d = 1; d < operand.dim(); ++d) {
     if (d != channel_dim) positions.push_back(d);
   }
-  Tensor operand = grad_output;
   MergedDims dims(operand, operand, positions);
   if (dims.sizes.size() > 3) {  // contiguous, at most two remain: before and after the channels
     operand = torch::stable::contiguous(operand);
@@ -32,6 +30,13 @@ void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutpu
     problem.stride[d] = from < 0 ? 0 : dims.strides[from][0];
   }
   as_int(problem.T(), "the number of positions");
+  return problem;
+}
+
+void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutputs& out,
+                const CudaCall& call) {
+  Tensor operand = grad_output;
+  const BiasProblem problem = bias_problem_of(operand, channel_dim);
   const BiasPlan plan = plan_bias(problem, out, call.sm_count(), options());
   const Tensor workspace = call.workspace(plan.workspace_bytes);
   launch_bias(problem, out, plan, workspace.mutable_data_ptr(), call.stream);

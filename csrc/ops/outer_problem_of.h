@@ -55,13 +55,10 @@ class LinearProblem {
                 bool tf32)
       : input_(input), grad_output_(grad_output) {
     const int64_t last = input.dim() - 1;
-    std::vector<int64_t> middle;
-    for (int64_t d = 1; d < last; ++d) middle.push_back(d);
-    MergedDims dims(input_, grad_output_, middle);
-    if (dims.sizes.size() > 3) {
+    if (!merges(input_, grad_output_)) {
       input_ = torch::stable::contiguous(input_), grad_output_ = torch::stable::contiguous(grad_output_);
-      dims = MergedDims(input_, grad_output_, middle);
     }
+    const MergedDims dims = middle(input_, grad_output_);
     p.element = element_of(input), p.tf32 = tf32;
     p.N = as_int(input.size(0), "the batch size"), p.groups = 1;
     p.O = as_int(grad_output.size(last), "the features of grad_output");
@@ -80,9 +77,20 @@ class LinearProblem {
     as_int(T, "the number of positions");
   }
 
+  // Whether the operands are read where they are.
+  static bool merges(const Tensor& input, const Tensor& grad_output) {
+    return middle(input, grad_output).sizes.size() <= 3;
+  }
+
   OuterProblem p;
 
  private:
+  static MergedDims middle(const Tensor& input, const Tensor& grad_output) {
+    std::vector<int64_t> dims;
+    for (int64_t d = 1; d < input.dim() - 1; ++d) dims.push_back(d);
+    return MergedDims(input, grad_output, dims);
+  }
+
   Tensor input_, grad_output_;  // keep copies alive
 };
 

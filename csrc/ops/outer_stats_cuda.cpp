@@ -18,6 +18,12 @@ void contract_stats(const OuterProblem& problem, const StatsOutputs& out, const 
   launch_contract(problem, out, plan, workspace.mutable_data_ptr(), call.stream);
 }
 
+void contract_columns(const OuterProblem& problem, const ColumnOutputs& columns, const CudaCall& call) {
+  const ContractPlan plan = plan_contract(problem, columns, call.sm_count(), options());
+  const Tensor workspace = call.workspace(plan.workspace_bytes);
+  launch_contract(problem, columns, plan, workspace.mutable_data_ptr(), call.stream);
+}
+
 void depthwise_stats(const OuterProblem& problem, const StatsOutputs& out, const CudaCall& call) {
   const DepthwisePlan plan = plan_depthwise(problem, out, call.sm_count(), options());
   const Tensor workspace = call.workspace(plan.workspace_bytes);

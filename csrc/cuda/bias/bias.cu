@@ -49,21 +49,33 @@ void launch_pass(const BiasProblem& problem, Element output, const StatsOutputs&
   }
 }
 
-}  // namespace
-
-void launch_bias(const BiasProblem& given, const StatsOutputs& outputs, const BiasPlan& plan, void* workspace,
-                 cudaStream_t stream) {
+void launch(const BiasProblem& given, Element output, const StatsOutputs& outputs, const BiasPlan& plan,
+            void* workspace, cudaStream_t stream) {
   const BiasProblem problem = merge_positions(given);
   float* const floats = static_cast<float*>(workspace);
   if (plan.t_splits == 1) {
-    launch_pass(problem, problem.element, outputs, plan.first, 1, floats, stream);
+    launch_pass(problem, output, outputs, plan.first, 1, floats, stream);
     return;
   }
   StatsOutputs parts = {};
   parts.batch_grad = floats;  // [N, t_splits, O]
   launch_pass(problem, Element::kFloat32, parts, plan.first, plan.t_splits, floats, stream);
-  launch_pass(second_problem(problem, plan.t_splits, floats), problem.element, outputs, plan.second, 1,
-              floats, stream);
+  launch_pass(second_problem(problem, plan.t_splits, floats), output, outputs, plan.second, 1, floats,
+              stream);
+}
+
+}  // namespace
+
+void launch_bias(const BiasProblem& problem, const StatsOutputs& outputs, const BiasPlan& plan,
+                 void* workspace, cudaStream_t stream) {
+  launch(problem, problem.element, outputs, plan, workspace, stream);
+}
+
+void launch_bias_sums(const BiasProblem& problem, float* sums, const BiasPlan& plan, void* workspace,
+                      cudaStream_t stream) {
+  StatsOutputs outputs = {};
+  outputs.batch_grad = sums;
+  launch(problem, Element::kFloat32, outputs, plan, workspace, stream);
 }
 
 }  // namespace backpack_cuda::cuda

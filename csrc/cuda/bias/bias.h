@@ -75,4 +75,9 @@ BiasPlan plan_bias(const BiasProblem& problem, const StatsOutputs& outputs, int 
 void launch_bias(const BiasProblem& problem, const StatsOutputs& outputs, const BiasPlan& plan,
                  void* workspace, cudaStream_t stream);
 
+// The sums [N, O] over the positions alone, in float32 whatever the element type; the plan was made for a
+// batch_grad.
+void launch_bias_sums(const BiasProblem& problem, float* sums, const BiasPlan& plan, void* workspace,
+                      cudaStream_t stream);
+
 }  // namespace backpack_cuda::cuda

@@ -52,4 +52,17 @@ struct StatsOutputs {
   bool squares() const { return sum_grad_squared || sum_grad_centered_squared; }
 };
 
+// Second order: V output gradients of every sample, the columns of a square root of a curvature matrix. G_vn
+// is the gradient of sample n with column v. The problem's operands are those of v = 0; a and b of the others
+// lie stride_v elements apart, 0 for the operand that has no columns.
+struct ColumnOutputs {
+  int V;  // at least 1
+  int64_t a_stride_v, b_stride_v;
+  const float* signs;  // [V, N], or null: all 1
+  // Results, each null where it is not wanted. R = groups * O rows.
+  void* factor;       // [V, N, R, I]  G_vn, in the element type
+  float* batch_diag;  // [N, R, I]     sum_v signs[v, n] G_vn^2
+  float* diag;        // [R, I]        sum_vn signs[v, n] G_vn^2
+};
+
 }  // namespace backpack_cuda::cuda

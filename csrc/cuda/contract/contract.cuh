@@ -12,9 +12,11 @@
 
 namespace backpack_cuda::cuda {
 
-// All that the precision, the loaders and the tile decide.
-template <ContractPrecision kPrecision, ContractLoader kLoader, ContractTile kTile>
+// All that an instantiation decides.
+template <ContractPrecision kPrecision, ContractLoader kLoader, ContractTile kTile, ContractMode kMode_>
 struct ContractTraits {
+  static constexpr ContractMode kMode = kMode_;
+  static constexpr bool kColumns = kMode == ContractMode::kColumns;
   static constexpr bool kHalf =
       kPrecision == ContractPrecision::kBFloat16 || kPrecision == ContractPrecision::kFloat16;
   using Element = std::conditional_t<
@@ -31,12 +33,13 @@ struct ContractTraits {
   static constexpr bool kAlongT = kLoader == ContractLoader::kPositions;
   using SlabA = Slab<Element, kRows, kEdge, kAlongT>;
   using SlabB = SlabA;
-  using LoaderA = std::conditional_t<kLoader == ContractLoader::kRows, RowLoader<SlabA, kThreads>,
-                                     PatchLoader<SlabA, kThreads, kLoader == ContractLoader::kChannelsLast>>;
-  using LoaderB =
-      std::conditional_t<kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads>,
-                         std::conditional_t<kLoader == ContractLoader::kElements,
-                                            PatchLoader<SlabB, kThreads, false>, RowLoader<SlabB, kThreads>>>;
+  using LoaderA =
+      std::conditional_t<kLoader == ContractLoader::kRows, RowLoader<SlabA, kThreads, kColumns>,
+                         PatchLoader<SlabA, kThreads, kLoader == ContractLoader::kChannelsLast, kColumns>>;
+  using LoaderB = std::conditional_t<
+      kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads, kColumns>,
+      std::conditional_t<kLoader == ContractLoader::kElements, PatchLoader<SlabB, kThreads, false, kColumns>,
+                         RowLoader<SlabB, kThreads, kColumns>>>;
   template <class B, class A>
   struct Select {
     using type = Tf32Fragments<B, A, kWarpO, kWarpI, kPrecision == ContractPrecision::kTf32 ? 1 : 3>;
@@ -70,8 +73,10 @@ __device__ __forceinline__ ContractBlock contract_block(const ContractParams& pa
   const int tile_i = tile % params.tiles_i, tile_o = tile / params.tiles_i % params.tiles_o;
   const int group = tile / params.tiles_i / params.tiles_o;
   const int split = part / params.t_splits, t_begin = part % params.t_splits * params.t_per_split;
-  return {static_cast<int>(static_cast<int64_t>(params.N) * split / params.splits),
-          static_cast<int>(static_cast<int64_t>(params.N) * (split + 1) / params.splits),
+  const int unit = Traits::kColumns ? params.split_unit : 1;
+  const int64_t units = Traits::kColumns ? static_cast<int64_t>(params.N) * params.V / unit : params.N;
+  return {static_cast<int>(units * split / params.splits) * unit,
+          static_cast<int>(units * (split + 1) / params.splits) * unit,
           t_begin,
           min(params.T, t_begin + params.t_per_split),
           group,
@@ -81,7 +86,15 @@ __device__ __forceinline__ ContractBlock contract_block(const ContractParams& pa
           static_cast<const Element*>(params.b.data) + group * params.b.stride_group};
 }
 
-template <class Traits, bool kSquares>
+// Columns: where the ring holds the slab of an operand that is kept. The slabs of each n follow those of the
+// one before; they are loaded once, with the first column of n in this block.
+template <class Traits>
+__device__ __forceinline__ int kept_slot(const ContractParams& params, int sample, int t0) {
+  const unsigned n = static_cast<unsigned>(compute_late(sample)) / static_cast<unsigned>(params.V);
+  return (n * params.kept_slabs + t0 / Traits::kRows) % kContractStages;
+}
+
+template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
     contract_kernel(const __grid_constant__ ContractParams params) {
   using Element = typename Traits::Element;
@@ -95,7 +108,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   const ContractBlock& block = shared->block;
   const typename Traits::LoaderA loader_a(params, params.a, shared->loader_a, block, block.a, block.column);
   const typename Traits::LoaderB loader_b(params, params.b, shared->loader_b, block, block.b, block.row);
-  Epilogue<Traits, kSquares> epilogue(params, *shared);
+  Epilogue<Traits> epilogue(params, *shared);
 
   const int tiles = params.tiles_i * params.tiles_o * params.groups;
   const int tile = blockIdx.x % tiles, part = blockIdx.x / tiles;
@@ -119,10 +132,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
       loader_b.prepare(stage, begin, threadIdx.x - 32);  // another warp
     }
   };
+  const auto load_operand = [&](const auto& loader, auto& ring, bool keep, int stage) {
+    int slot = stage;
+    if (Traits::kColumns && keep) {
+      const bool first_column = next.n % static_cast<unsigned>(params.V) == 0;
+      if (!first_column && next.n != block.n_begin) return;  // it is there
+      slot = kept_slot<Traits>(params, next.n, next.t0);
+    }
+    loader.load(ring[slot], stage, next);
+  };
   const auto load = [&](int stage) {
     if (next.n < block.n_end) {
-      loader_b.load(shared->b[stage], stage, next);
-      loader_a.load(shared->a[stage], stage, next);
+      load_operand(loader_b, shared->b, params.keep_b, stage);
+      load_operand(loader_a, shared->a, params.keep_a, stage);
       next.advance<kRows>(block, params.packed);
     }
     cp_async_commit();  // an empty group past the end keeps their number
@@ -165,8 +187,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
         prepare(stage, next);  // its tables were last read three slabs ago
       }
       const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-      const Element* const slab_b = shared->b[stage] + SlabB::at(second * kDepth, Traits::warp_o(warp));
-      const Element* const slab_a = shared->a[stage] + SlabA::at(second * kDepth, Traits::warp_i(warp));
+      const int slot_b = Traits::kColumns && params.keep_b ? kept_slot<Traits>(params, n, t0) : stage;
+      const int slot_a = Traits::kColumns && params.keep_a ? kept_slot<Traits>(params, n, t0) : stage;
+      const Element* const slab_b = shared->b[slot_b] + SlabB::at(second * kDepth, Traits::warp_o(warp));
+      const Element* const slab_a = shared->a[slot_a] + SlabA::at(second * kDepth, Traits::warp_i(warp));
       Fragments::step(acc, slab_b, slab_a, lane);
       if (t0 + kDepth < block.t_end) {
         Fragments::step(acc, slab_b + SlabB::at(kDepth, 0), slab_a + SlabA::at(kDepth, 0), lane);
@@ -190,9 +214,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocks)
   epilogue.finish(part);
 }
 
-template <class Traits, bool kSquares>
+template <class Traits>
 void launch_contract_kernel(const ContractParams& params, cudaStream_t stream) {
-  auto* const kernel = &contract_kernel<Traits, kSquares>;
+  auto* const kernel = &contract_kernel<Traits>;
   constexpr size_t kBytes = sizeof(typename Traits::Shared);
   check(allow_dynamic_shared(kernel, kBytes), "contract");
   const unsigned blocks =
@@ -201,23 +225,41 @@ void launch_contract_kernel(const ContractParams& params, cudaStream_t stream) {
   check(cudaGetLastError(), "contract");
 }
 
-template <class Traits>
-void launch_contract_mode(const ContractParams& params, bool squares, cudaStream_t stream) {
-  squares ? launch_contract_kernel<Traits, true>(params, stream)
-          : launch_contract_kernel<Traits, false>(params, stream);
-}
-
 // No 128x128 with three products, as contract_plan.cpp knows: it would not fit the registers.
-template <ContractPrecision kPrecision, ContractLoader kLoader>
-void launch_contract_tile(const ContractParams& params, ContractTile tile, bool squares,
-                          cudaStream_t stream) {
+template <ContractPrecision kPrecision, ContractLoader kLoader, ContractMode kMode>
+void launch_contract_tile(const ContractParams& params, ContractTile tile, cudaStream_t stream) {
   if constexpr (kPrecision != ContractPrecision::kTf32x3) {
     if (tile == ContractTile::k128) {
-      return launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k128>>(params, squares,
-                                                                                           stream);
+      using Traits = ContractTraits<kPrecision, kLoader, ContractTile::k128, kMode>;
+      return launch_contract_kernel<Traits>(params, stream);
     }
   }
-  launch_contract_mode<ContractTraits<kPrecision, kLoader, ContractTile::k64>>(params, squares, stream);
+  launch_contract_kernel<ContractTraits<kPrecision, kLoader, ContractTile::k64, kMode>>(params, stream);
+}
+
+// First order.
+template <ContractPrecision kPrecision, ContractLoader kLoader>
+void launch_contract_stats(const ContractParams& params, ContractTile tile, bool squares,
+                           cudaStream_t stream) {
+  squares ? launch_contract_tile<kPrecision, kLoader, ContractMode::kSquares>(params, tile, stream)
+          : launch_contract_tile<kPrecision, kLoader, ContractMode::kSum>(params, tile, stream);
+}
+
+// Second order.
+template <ContractPrecision kPrecision>
+void launch_contract_columns(const ContractParams& params, ContractLoader loader, ContractTile tile,
+                             cudaStream_t stream) {
+  constexpr ContractMode kMode = ContractMode::kColumns;
+  switch (loader) {
+    case ContractLoader::kRows:
+      return launch_contract_tile<kPrecision, ContractLoader::kRows, kMode>(params, tile, stream);
+    case ContractLoader::kChannelsLast:
+      return launch_contract_tile<kPrecision, ContractLoader::kChannelsLast, kMode>(params, tile, stream);
+    case ContractLoader::kPositions:
+      return launch_contract_tile<kPrecision, ContractLoader::kPositions, kMode>(params, tile, stream);
+    case ContractLoader::kElements:
+      return launch_contract_tile<kPrecision, ContractLoader::kElements, kMode>(params, tile, stream);
+  }
 }
 
 }  // namespace backpack_cuda::cuda

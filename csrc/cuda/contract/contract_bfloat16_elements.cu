@@ -4,8 +4,8 @@ namespace backpack_cuda::cuda {
 
 void contract_bfloat16_elements(const ContractParams& params, ContractTile tile, bool squares,
                                 cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kBFloat16, ContractLoader::kElements>(params, tile, squares,
-                                                                                stream);
+  launch_contract_stats<ContractPrecision::kBFloat16, ContractLoader::kElements>(params, tile, squares,
+                                                                                 stream);
 }
 
 }  // namespace backpack_cuda::cuda

@@ -4,7 +4,7 @@ namespace backpack_cuda::cuda {
 
 void contract_bfloat16_rows(const ContractParams& params, ContractTile tile, bool squares,
                             cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kBFloat16, ContractLoader::kRows>(params, tile, squares, stream);
+  launch_contract_stats<ContractPrecision::kBFloat16, ContractLoader::kRows>(params, tile, squares, stream);
 }
 
 }  // namespace backpack_cuda::cuda

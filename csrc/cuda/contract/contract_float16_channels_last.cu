@@ -4,8 +4,8 @@ namespace backpack_cuda::cuda {
 
 void contract_float16_channels_last(const ContractParams& params, ContractTile tile, bool squares,
                                     cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kFloat16, ContractLoader::kChannelsLast>(params, tile, squares,
-                                                                                   stream);
+  launch_contract_stats<ContractPrecision::kFloat16, ContractLoader::kChannelsLast>(params, tile, squares,
+                                                                                    stream);
 }
 
 }  // namespace backpack_cuda::cuda

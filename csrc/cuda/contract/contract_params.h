@@ -14,6 +14,7 @@ struct ContractOperand {
   const void* data;
   int64_t stride_n, stride_c, stride_group, stride[3];
   int64_t stride_t;  // of positions; only where they have a single one
+  int64_t stride_v;  // of columns
   int columns;       // of one group: channels times kernel volume
   int channels;
   int size[3], kernel[3], step[3], padding[3], dilation[3];
@@ -37,7 +38,26 @@ struct ContractParams {
   void* grad;                        // [R, I], or null
   float* sum_grad_squared;           // [R, I], or null
   float* sum_grad_centered_squared;  // [R, I], or null
+  // Second order (ContractMode::kColumns): the samples are the pairs (n, v), v fastest.
+  int V;
+  int split_unit;       // splits begin at a multiple of so many samples
+  bool keep_a, keep_b;  // this operand's slabs stay in the ring for all columns of n
+  int kept_slabs;       // of each n, at most kContractStages
+  bool squares;         // batch_diag or diag is wanted
+  const float* signs;   // [V, N], or null
+  void* factor;         // [V, N, R, I], or null
+  float* batch_diag;    // [N, R, I], or null
+  float* diag;          // [R, I], or null; splits leave parts of it in partial_sums
 };
+
+// What an instantiation keeps of the samples besides the accumulators.
+enum class ContractMode : int {
+  kSum,      // a tile of sums
+  kSquares,  // and one of squares
+  kColumns,  // second order: squares, of one n and of all
+};
+
+constexpr int kContractStages = 4;  // of the ring of slabs
 
 // Launches an instantiation; one function per .cu file.
 using ContractLauncher = void (*)(const ContractParams& params, ContractTile tile, bool squares,
@@ -52,6 +72,11 @@ CONTRACT_LAUNCHERS(tf32x3)
 CONTRACT_LAUNCHERS(bfloat16)
 CONTRACT_LAUNCHERS(float16)
 #undef CONTRACT_LAUNCHERS
+
+void contract_tf32_columns(const ContractParams&, ContractLoader, ContractTile, cudaStream_t);
+void contract_tf32x3_columns(const ContractParams&, ContractLoader, ContractTile, cudaStream_t);
+void contract_bfloat16_columns(const ContractParams&, ContractLoader, ContractTile, cudaStream_t);
+void contract_float16_columns(const ContractParams&, ContractLoader, ContractTile, cudaStream_t);
 
 // Second pass after splits of the positions: adds the parts of each G_n and does all that the kernel would
 // have done with it. `norms` are then [N, ceil(R I / 32)].

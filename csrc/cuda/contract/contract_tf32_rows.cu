@@ -3,7 +3,7 @@
 namespace backpack_cuda::cuda {
 
 void contract_tf32_rows(const ContractParams& params, ContractTile tile, bool squares, cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kTf32, ContractLoader::kRows>(params, tile, squares, stream);
+  launch_contract_stats<ContractPrecision::kTf32, ContractLoader::kRows>(params, tile, squares, stream);
 }
 
 }  // namespace backpack_cuda::cuda

@@ -4,7 +4,8 @@ namespace backpack_cuda::cuda {
 
 void contract_tf32x3_positions(const ContractParams& params, ContractTile tile, bool squares,
                                cudaStream_t stream) {
-  launch_contract_tile<ContractPrecision::kTf32x3, ContractLoader::kPositions>(params, tile, squares, stream);
+  launch_contract_stats<ContractPrecision::kTf32x3, ContractLoader::kPositions>(params, tile, squares,
+                                                                                stream);
 }
 
 }  // namespace backpack_cuda::cuda

@@ -54,16 +54,55 @@ __device__ __forceinline__ void store_tile(const ContractParams& params, const C
   }
 }
 
-// kSquares: keeps a tile of squares besides the sum.
-template <class Traits, bool kSquares>
-class Epilogue {
+// What the epilogues share: the block's tile of the weight, and a walk over a warp's share of it.
+template <class Traits>
+class TileEpilogue {
  public:
   using Element = typename Traits::Element;
   using Fragments = typename Traits::Fragments;
   using Accumulator = typename Fragments::Accumulator;
 
-  __device__ __forceinline__ Epilogue(const ContractParams& params, const typename Traits::Shared& shared)
+ protected:
+  __device__ __forceinline__ TileEpilogue(const ContractParams& params, const typename Traits::Shared& shared)
       : params_(params), shared_(shared) {}
+
+  __device__ __forceinline__ int64_t elements() const {
+    return static_cast<int64_t>(params_.groups) * params_.O * params_.I;
+  }
+  template <class T, class Value>
+  __device__ __forceinline__ void store(T* out, const Value& value) const {
+    const int warp = threadIdx.x / 32;
+    store_tile<Fragments, Traits::kOwnOrder>(params_, shared_.block, Traits::warp_o(warp),
+                                             Traits::warp_i(warp), shared_.weight_columns, out, value);
+  }
+  template <class Do>
+  static __device__ __forceinline__ void each(const Do& apply) {
+#pragma unroll
+    for (int m = 0; m < Fragments::kM; ++m) {
+#pragma unroll
+      for (int c = 0; c < Fragments::kN; ++c) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) apply(m, c, r);
+      }
+    }
+  }
+
+  const ContractParams& params_;
+  const typename Traits::Shared& shared_;
+};
+
+// First order.
+template <class Traits>
+class StatsEpilogue : public TileEpilogue<Traits> {
+  using Base = TileEpilogue<Traits>;
+  using Base::each, Base::elements, Base::params_, Base::shared_, Base::store;
+
+ public:
+  using typename Base::Accumulator, typename Base::Element, typename Base::Fragments;
+
+  __device__ __forceinline__ StatsEpilogue(const ContractParams& params,
+                                           const typename Traits::Shared& shared)
+      : Base(params, shared) {}
 
   // G_n is complete. The warp's share of its squared norm goes to *norm.
   __device__ __forceinline__ void sample(const Accumulator& g, int n, float* norm) {
@@ -124,30 +163,63 @@ class Epilogue {
   }
 
  private:
-  __device__ __forceinline__ int64_t elements() const {
-    return static_cast<int64_t>(params_.groups) * params_.O * params_.I;
-  }
-  template <class T, class Value>
-  __device__ __forceinline__ void store(T* out, const Value& value) const {
-    const int warp = threadIdx.x / 32;
-    store_tile<Fragments, Traits::kOwnOrder>(params_, shared_.block, Traits::warp_o(warp),
-                                             Traits::warp_i(warp), shared_.weight_columns, out, value);
-  }
-  template <class Do>
-  static __device__ __forceinline__ void each(const Do& apply) {
-#pragma unroll
-    for (int m = 0; m < Fragments::kM; ++m) {
-#pragma unroll
-      for (int c = 0; c < Fragments::kN; ++c) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r) apply(m, c, r);
-      }
-    }
-  }
+  static constexpr bool kSquares = Traits::kMode == ContractMode::kSquares;
 
-  const ContractParams& params_;
-  const typename Traits::Shared& shared_;
   Accumulator sum_ = {}, square_ = {};  // unused ones cost nothing
 };
+
+// Second order. Squares are added up for each n, and only then to those of the others: the sums stay short.
+template <class Traits>
+class ColumnsEpilogue : public TileEpilogue<Traits> {
+  using Base = TileEpilogue<Traits>;
+  using Base::each, Base::elements, Base::params_, Base::shared_, Base::store;
+
+ public:
+  using typename Base::Accumulator, typename Base::Element, typename Base::Fragments;
+
+  __device__ __forceinline__ ColumnsEpilogue(const ContractParams& params,
+                                             const typename Traits::Shared& shared)
+      : Base(params, shared) {}
+
+  // G_vn is complete, or with splits of the positions a part of it.
+  __device__ __forceinline__ void sample(const Accumulator& g, int sample, float*) {
+    const unsigned V = params_.V, n = static_cast<unsigned>(sample) / V, v = sample - n * V;
+    const int64_t row = int64_t{v} * params_.N + n;
+    if (params_.factor) {
+      Element* const out = static_cast<Element*>(params_.factor) + row * elements();
+      store(out, [&](int m, int r, int run, int e) { return Fragments::value(g, m, r, run, e); });
+    }
+    if (params_.t_splits > 1) {  // a part of it, the block's only one
+      each([&](int m, int c, int r) { diag_[m][c][r] = g[m][c][r]; });
+      return;
+    }
+    if (!params_.squares) return;
+    const float sign = params_.signs ? params_.signs[row] : 1.f;
+    each([&](int m, int c, int r) {
+      square_[m][c][r] = fmaf(sign * g[m][c][r], g[m][c][r], square_[m][c][r]);
+    });
+    if (v + 1 < V && sample + 1 < shared_.block.n_end) return;
+    if (params_.batch_diag) {
+      store(params_.batch_diag + n * elements(),
+            [&](int m, int r, int run, int e) { return Fragments::value(square_, m, r, run, e); });
+    }
+    each([&](int m, int c, int r) {
+      diag_[m][c][r] += square_[m][c][r];
+      square_[m][c][r] = 0.f;
+    });
+  }
+
+  // `part` is this block's of the partial sums.
+  __device__ __forceinline__ void finish(int part) const {
+    float* const out = params_.partial_sums ? params_.partial_sums + part * elements() : params_.diag;
+    if (out) store(out, [&](int m, int r, int run, int e) { return Fragments::value(diag_, m, r, run, e); });
+  }
+
+ private:
+  Accumulator square_ = {}, diag_ = {};
+};
+
+template <class Traits>
+using Epilogue = std::conditional_t<Traits::kColumns, ColumnsEpilogue<Traits>, StatsEpilogue<Traits>>;
 
 }  // namespace backpack_cuda::cuda

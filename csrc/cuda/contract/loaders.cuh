@@ -33,7 +33,7 @@ __device__ __forceinline__ void copy_elements(Element* const (&to)[kCount],
 }
 
 // Rows of adjacent channels, positions of one stride, all aligned to 16 bytes, whole 16 bytes of columns.
-template <class Slab, int kThreads>
+template <class Slab, int kThreads, bool kColumns>
 class RowLoader {
  public:
   using Element = typename Slab::Element;
@@ -60,7 +60,7 @@ class RowLoader {
   __device__ __forceinline__ void prepare(int stage, const SlabBegin& begin, unsigned thread) const {
     if (thread >= Slab::kRows) return;
     const SlabRow<Slab> row(begin, thread, block_, params_.packed);
-    const int64_t offset = row.n * x_.stride_n + row.t * x_.stride_t;
+    const int64_t offset = sample_offset<kColumns>(params_, x_, row.n) + row.t * x_.stride_t;
     const unsigned valid = __ballot_sync(Slab::kRows == 32 ? ~0u : (1u << Slab::kRows) - 1, row.valid);
     shared_.rows[stage][thread] = row.valid ? offset * static_cast<int>(sizeof(Element)) : 0;
     if (thread == 0) shared_.valid_rows[stage] = valid;
@@ -90,7 +90,7 @@ class RowLoader {
 };
 
 // Adjacent positions of each channel, into a column-major slab, by the widest copies that the operand allows.
-template <class Slab, int kThreads>
+template <class Slab, int kThreads, bool kColumns>
 class PositionLoader {
  public:
   using Element = typename Slab::Element;
@@ -128,8 +128,8 @@ class PositionLoader {
       const int first_row = thread % kChunks * kVector, first_column = thread / kChunks;
       const SlabRow<Slab> row(begin, first_row, block_, params_.packed);
       const int valid_bytes = min(kVector, block_.t_end - row.t) * static_cast<int>(sizeof(Element));
-      const Element* const from =
-          static_cast<const Element*>(data_) + (row.valid ? row.n * x_.stride_n + row.t : 0);
+      const Element* const from = static_cast<const Element*>(data_) +
+                                  (row.valid ? sample_offset<kColumns>(params_, x_, row.n) + row.t : 0);
       constexpr int kBatch = kBytes == 2 ? 4 : 1;
 #pragma unroll 2
       for (int pass = 0; pass < kPasses; pass += kBatch) {
@@ -184,7 +184,7 @@ struct ElementMap {
 
 // Patches, at any strides. kWide: 16-byte copies of adjacent channels at one place of the kernel, with
 // columns in the order (place, channel); otherwise single elements, in the weight's order (channel, place).
-template <class Slab, int kThreads, bool kWide>
+template <class Slab, int kThreads, bool kWide, bool kColumns>
 class PatchLoader {
  public:
   using Element = typename Slab::Element;
@@ -229,7 +229,7 @@ class PatchLoader {
     const SlabRow<Slab> place(begin, thread, block_, params_.packed);
     const int p[3] = {place.t / params_.positions[2] / params_.positions[1],
                       place.t / params_.positions[2] % params_.positions[1], place.t % params_.positions[2]};
-    Row row{place.n * x_.stride_n, {}};
+    Row row{sample_offset<kColumns>(params_, x_, place.n), {}};
 #pragma unroll
     for (int d = 0; d < 3; ++d) {
       const int corner = p[d] * x_.step[d] - x_.padding[d];
@@ -261,7 +261,8 @@ class PatchLoader {
       for (int row_pass = 0; row_pass < Map::kRowPasses; ++row_pass) {
         const int row = Map::row(thread, row_pass);
         const Row patch = shared_.rows[stage][row];
-        constexpr int kBatch = 4;  // more would cost registers
+        // More would cost registers; asynchronous copies do not need it.
+        constexpr int kBatch = kColumns && sizeof(Element) == 4 ? 2 : 4;
 #pragma unroll 1
         for (int pass = 0; pass < Map::kColumnPasses; pass += kBatch) {
           Element* to[kBatch];

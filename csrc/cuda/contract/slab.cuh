@@ -5,8 +5,6 @@
 
 namespace backpack_cuda::cuda {
 
-constexpr int kContractStages = 4;  // of the ring of slabs
-
 // Row-major (a row is a position), or column-major where kAlongT. The padding keeps all accesses free of bank
 // conflicts: with 8 elements per row, fragments read 16 bytes at float32 banks 8 t + column, and 2-byte rows
 // of one 8x8 matrix begin 16 bytes apart mod 128; with 16 bytes per column, float32 banks are 20 column + t,
@@ -23,6 +21,15 @@ struct Slab {
     return kAlongT ? column * kStride + row : row * kStride + column;
   }
 };
+
+// Where a sample of an operand begins, in elements.
+template <bool kColumns>
+__device__ __forceinline__ int64_t sample_offset(const ContractParams& params, const ContractOperand& x,
+                                                 int sample) {
+  if constexpr (!kColumns) return sample * x.stride_n;
+  const unsigned V = params.V, n = static_cast<unsigned>(sample) / V;
+  return n * x.stride_n + (static_cast<unsigned>(sample) - n * V) * x.stride_v;
+}
 
 // What a block works on. Kept in shared memory, because registers are scarce: at 128x128 the accumulators and
 // two more tiles take 192 of 255.

@@ -19,4 +19,14 @@ ALL_LEFT_OUT(tf32x3)
 ALL_LEFT_OUT(bfloat16)
 ALL_LEFT_OUT(float16)
 
+#define COLUMNS_LEFT_OUT(precision)                                                                \
+  __attribute__((weak)) void contract_##precision##_columns(const ContractParams&, ContractLoader, \
+                                                            ContractTile, cudaStream_t) {          \
+    throw std::runtime_error("contract_" #precision "_columns is not part of this library");       \
+  }
+COLUMNS_LEFT_OUT(tf32)
+COLUMNS_LEFT_OUT(tf32x3)
+COLUMNS_LEFT_OUT(bfloat16)
+COLUMNS_LEFT_OUT(float16)
+
 }  // namespace backpack_cuda::cuda
