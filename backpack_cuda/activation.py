@@ -1,6 +1,7 @@
 """`with backpack(...)`: which quantities the backward passes inside form."""
 
 from collections.abc import Callable
+from numbers import Integral
 
 from torch import nn
 
@@ -28,6 +29,7 @@ class backpack:
 
     Raises:
         ValueError: an argument is not an instance of an extension, or the budget is not positive.
+        TypeError: the budget is no int.
     """
 
     def __init__(
@@ -44,8 +46,11 @@ class backpack:
                     "backpack expects instances of BackpropExtension, such as BatchGrad(), "
                     f"but received {ext!r} of type {type(ext).__name__}"
                 )
-        if memory_budget is not None and not memory_budget > 0:
-            raise ValueError(f"memory_budget: expected a positive number of bytes or None, got {memory_budget!r}")
+        if memory_budget is not None:
+            if isinstance(memory_budget, bool) or not isinstance(memory_budget, Integral):
+                raise TypeError(f"memory_budget: expected an int, a number of bytes, or None, got {memory_budget!r}")
+            if memory_budget < 1:
+                raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
         self._state = (exts, debug, extension_hook, retain_graph, memory_budget)
         self._outer: list[tuple] = []
 
