@@ -88,7 +88,6 @@ class Sweep:
         self.batch_size = self._batch_size()
         _check_apart(mixing, self.batch_size, extensions)
         self.input_factors: dict[tuple, tuple[Tensor, Tensor]] = {}
-        self.handed_out: dict[int, Tensor] = {}
         self.uses: dict[int, list[tuple[LayerCall, str]]] = {}  # id of a parameter -> its uses
         for layer in self.layers:
             for name, parameter in layer.parameters.items():
@@ -313,7 +312,7 @@ class Sweep:
 
     def _output_factor(self, ext: KroneckerExtension, use: ColumnUse, name: str) -> Tensor:
         """B, which weight and bias of a layer without groups have in common."""
-        key = (ext.effective_convention(use), use.groups(name))
+        key = (ext.effective_convention(use), use.groups(name), use.output_identity(name))
         if key not in use.output_factors:
             use.output_factors[key] = ext.output_factor(use, name)
         return use.output_factors[key]
@@ -329,13 +328,9 @@ class Sweep:
             self.input_factors[key] = (ext.input_factor(use, name), use.input)
         return self.input_factors[key][0]
 
-    def _unshared(self, factor: Tensor) -> Tensor:
-        copy = factor.clone() if id(factor) in self.handed_out else factor
-        self.handed_out[id(factor)] = factor
-        return copy
-
     def _save(self) -> None:
         """Puts the results so far on the parameters; a further loss replaces them by its sum with them."""
+        storages: set[int] = set()
         for uses in self.uses.values():
             layer, name = uses[0]
             parameter = layer.parameters[name]
@@ -344,9 +339,26 @@ class Sweep:
                 if result is None:
                     parameter.__dict__.pop(ext.savefield, None)
                     continue
-                if isinstance(ext, KroneckerExtension):  # factors in common are computed once, but handed out apart
-                    result = [self._unshared(factor) for factor in result]
-                self.state.save(parameter, ext, ext.quantity(result))
+                value = ext.quantity(result)
+                if isinstance(value, Tensor):
+                    value = _own(value, storages)
+                else:
+                    value = [_own(factor, storages) for factor in value]
+                self.state.save(parameter, ext, value)
+
+
+def _own(result: Tensor, storages: set[int]) -> Tensor:
+    """A result in memory of its own, which users may change: what results have in common is computed once.
+
+    Not in one of `storages`, to which it is added, and not expanded.
+    """
+    storage = result.untyped_storage()
+    if storage.data_ptr() in storages or storage.nbytes() != result.numel() * result.element_size():
+        result = result.clone(memory_format=torch.contiguous_format)
+        storage = result.untyped_storage()
+    if result.numel():
+        storages.add(storage.data_ptr())
+    return result
 
 
 def _layers(prediction: Tensor) -> tuple[list[LayerCall], list]:

@@ -93,9 +93,8 @@ class _BatchDiagonal(ColumnExtension):
     want = ColumnWant.BATCH_DIAG
 
     def update(self, result, stats: ColumnStats, begin: int, total: int) -> Tensor:
-        if result is None:
-            return stats.batch_diag
-        return result + stats.batch_diag if torch.is_grad_enabled() else result.add_(stats.batch_diag)
+        # Not in place: other quantities may hold the same statistics.
+        return stats.batch_diag if result is None else result + stats.batch_diag
 
 
 class _SquareRoot(ColumnExtension):

@@ -69,6 +69,10 @@ class ColumnUse(ABC):
         """Equal for uses with equal input factors; None where that is not known."""
         return None
 
+    def output_identity(self, name: str) -> Hashable | None:
+        """Equal for parameters of this use with equal output factors per group."""
+        return None
+
     def input_moment(self, name: str, scale: float) -> Tensor | None:
         """scale * sum_nr a_nr a_nr^T, [D, D] or [G, D, D]; None for a parameter with an output factor only."""
         return None
@@ -207,6 +211,9 @@ class LoopedColumns(ColumnUse):
         for v, use in enumerate(self._uses):
             rows = use.stats({name: Want.BATCH_GRAD})[name].batch_grad
             yield rows[None].to(wide), None if signs is None else signs[v : v + 1]
+
+    def output_identity(self, name: str) -> Hashable | None:
+        return name
 
     def select(self, samples: Tensor) -> "LoopedColumns":
         return LoopedColumns([use.select(samples) for use in self._uses])
