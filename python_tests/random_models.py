@@ -145,7 +145,7 @@ class Scale(nn.Module):
 
 PIECEWISE_LINEAR = [nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.ReLU6, nn.Identity]
 SMOOTH = [nn.Sigmoid, nn.Tanh, nn.GELU, nn.SiLU, nn.Softplus, nn.ELU, nn.SELU, nn.LogSigmoid]
-OTHER_ACTIVATIONS = [nn.Mish, nn.Hardswish, nn.Softsign, nn.CELU, nn.Tanhshrink, nn.Softshrink, nn.Hardsigmoid]
+OTHER_ACTIVATIONS = [nn.Mish, nn.Hardswish, nn.Softsign, nn.CELU, nn.Tanhshrink, nn.Softshrink]
 FUNCTIONS = [F.relu, torch.tanh, F.gelu, torch.sigmoid, F.silu, F.softplus]
 FREE_FUNCTIONS = [torch.sin, torch.exp, torch.square, F.softsign]  # without modules of their own
 

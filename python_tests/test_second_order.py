@@ -236,6 +236,32 @@ def test_several_extensions_equal_each_alone(case, device):
         assert_same(alone, expected, 1e-12)
 
 
+class Sums(nn.Module):
+    """Two layers with one output gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss()], ids=repr)
+def test_results_have_memory_of_their_own(loss, device):
+    """Changing one in place changes no other, also where equal: of two extensions, or of layers with equal columns."""
+    model = nn.Sequential(Sums(), nn.ReLU(), Sums()).double().to(device)
+    inputs, targets = torch.randn(4, 3).double().to(device), torch.rand(4, 3).double().softmax(1).to(device)
+    backward(model, loss, inputs, targets, *every_extension())
+    results = [
+        v for found in saved(model).values() for r in found.values() for v in (r if isinstance(r, list) else [r])
+    ]
+    for i, value in enumerate(results):
+        value.fill_(i)
+    assert all((value == i).all() for i, value in enumerate(results))
+    assert len(results) == 10 * 4 + 12 * 4  # a bias has one Kronecker factor, a weight two
+
+
 def test_a_quantity_given_twice(device):
     """Two instances of one extension, with different options: the later one's result stays, as with BackPACK."""
     model = PLAIN.prepared().to(device)
