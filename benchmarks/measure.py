@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from correctness import compare, reference_results
 from models import EVERY_CASE
 from peers import EVERY_LIBRARY, QUANTITIES, Peer
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 M_MMAP_THRESHOLD = -3  # from malloc.h
 
@@ -100,18 +100,32 @@ def summary(seconds: list[float], plain_seconds: list[float]) -> dict[str, Any]:
     }
 
 
+def refusal(peer: Peer, quantity: str, inputs: Tensor, labels: Tensor) -> str | None:
+    """Why `peer` does not have this quantity of its model, in one line; None where it has. Tried on two samples."""
+    try:
+        peer.step(quantity, inputs[:2], labels[:2])
+    except (NotImplementedError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        peer.drop()
+    return None
+
+
 def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) -> dict[str, Any]:
     """Check the numbers of every cell (library, quantity) of a model, then time it against plain torch.
 
     Each round runs the plain step and then every cell, in random order, since a step inherits caches and heap of
     its predecessor. Gradients and results are dropped after every step, outside of the timing.
 
-    Returns: {"plain": {...}, "cells": [{"library", "quantity", "milliseconds", "ratio", ...}, ...]}
+    Returns: {"plain": {...}, "cells": [{"library", "quantity", "milliseconds", "ratio", ...}, ...]}; a cell that its
+        library refuses has "refused" instead of numbers
     """
     prepare_process(options)
     model, inputs, labels = EVERY_CASE[model_name].make(options.device)
     plain = Peer(model)
     peers = {library: EVERY_LIBRARY[library](model) for library in dict(cells)}
+    refused = {cell: refusal(peers[cell[0]], cell[1], inputs, labels) for cell in cells}
+    cells = [cell for cell in cells if refused[cell] is None]
 
     def timed(peer: Peer, quantity: str, warm_steps: int) -> float:
         for _ in range(warm_steps):
@@ -122,7 +136,8 @@ def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) 
         return seconds
 
     cell_seconds: dict[tuple[str, str], list[float]] = {cell: [] for cell in cells}
-    reference = reference_results(model, inputs, labels)
+    extensions = [extension for _, quantity in cells for extension in QUANTITIES[quantity]]
+    reference = reference_results(model, inputs, labels, extensions)
     checks, repeated = {}, []
     for cell in cells:
         library, quantity = cell
@@ -164,44 +179,9 @@ def time_model(model_name: str, cells: list[tuple[str, str]], options: Options) 
         "cells": [
             {"library": cell[0], "quantity": cell[1]} | summary(cell_seconds[cell], plain_seconds) | checks[cell]
             for cell in cells
-        ],
+        ]
+        + [{"library": cell[0], "quantity": cell[1], "refused": why} for cell, why in refused.items() if why],
     }
-
-
-# --- numbers -----------------------------------------------------------------------------------------------
-
-
-def reference_results(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, dict[str, Tensor]]:
-    """What every extension should give, from one plain backward pass per sample: extension -> name -> tensor."""
-    parameters = dict(model.named_parameters())
-    rows = []
-    for n in range(len(labels)):
-        loss = cross_entropy(model(inputs[n : n + 1]), labels[n : n + 1]) / len(labels)
-        rows.append(torch.autograd.grad(loss, list(parameters.values())))
-    batch_grads = {name: torch.stack(column) for name, *column in zip(parameters, *rows, strict=True)}
-    return {
-        "BatchGrad": batch_grads,
-        "BatchL2Grad": {name: g.flatten(1).double().square().sum(1) for name, g in batch_grads.items()},
-        "SumGradSquared": {name: g.double().square().sum(0) for name, g in batch_grads.items()},
-        "Variance": {name: g.double().var(0, correction=0) for name, g in batch_grads.items()},
-    }
-
-
-def compare(peer: Peer, quantity: str, reference: dict[str, dict[str, Tensor]]) -> dict[str, Any]:
-    """The results that `peer` has just computed against those of plain torch.
-
-    Returns: "relative_error" (largest difference over largest value, of the worst parameter; None if there is nothing
-    to compare) and "missing" (number of results that are not there)
-    """
-    errors, missing = [], 0
-    for extension in QUANTITIES[quantity]:
-        results = peer.results(extension)
-        for name, expected in reference[extension].items():
-            if name in results:
-                errors.append(((results[name] - expected).abs().max() / expected.abs().max()).item())
-            else:
-                missing += 1
-    return {"relative_error": max(errors, default=None), "missing": missing}
 
 
 # --- memory ------------------------------------------------------------------------------------------------
@@ -243,11 +223,12 @@ def rise_during(step: Callable[[], None], device: str) -> int:
     return resident_bytes("VmHWM") - before
 
 
-def measure_memory(model_name: str, library: str, quantity: str, options: Options) -> dict[str, int]:
+def measure_memory(model_name: str, library: str, quantity: str, options: Options) -> dict[str, Any]:
     """Peak memory of a step with `quantity` over that of a plain torch step.
 
     Returns: in bytes, "extra_bytes" (the peak over plain torch's; results and what is kept between steps included),
-    "kept_bytes" (workspaces: what the first step leaves behind when its results are dropped) and "result_bytes"
+    "kept_bytes" (workspaces: what the first step leaves behind when its results are dropped) and "result_bytes"; or
+    "refused", see `refusal`
     """
     prepare_process(options)
     # Blocks from 64 KiB go back to the system when they are freed: resident is what is alive, not what once was.
@@ -255,8 +236,6 @@ def measure_memory(model_name: str, library: str, quantity: str, options: Option
     model, inputs, labels = EVERY_CASE[model_name].make(options.device)
 
     def measure(peer: Peer, quantity: str) -> tuple[int, int, int]:
-        peer.step(quantity, inputs[:2], labels[:2])  # loads code
-        peer.drop()
         before = allocated_bytes(options.device)
         begin = time.perf_counter()
         rise = rise_during(lambda: peer.step(quantity, inputs, labels), options.device)
@@ -272,6 +251,11 @@ def measure_memory(model_name: str, library: str, quantity: str, options: Option
             peer.drop()
         return statistics.median(rises), kept, result_bytes
 
-    plain_rise, _, _ = measure(Peer(model), "none")
-    rise, kept, result_bytes = measure(EVERY_LIBRARY[library](model), quantity)
+    plain, peer = Peer(model), EVERY_LIBRARY[library](model)
+    # These steps also load code.
+    why = refusal(plain, "none", inputs, labels) or refusal(peer, quantity, inputs, labels)
+    if why:
+        return {"refused": why}
+    plain_rise, _, _ = measure(plain, "none")
+    rise, kept, result_bytes = measure(peer, quantity)
     return {"extra_bytes": rise + kept - plain_rise, "kept_bytes": kept, "result_bytes": result_bytes}

@@ -136,11 +136,20 @@ class Block(nn.Module):
         return self.classify(self.block(x).mean(1))
 
 
+def curved() -> nn.Module:
+    """A convolution and two dense layers with activations that are not piecewise linear."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.Sigmoid(), nn.MaxPool2d(2), nn.Flatten()),
+        *(nn.Linear(8 * 3 * 3, 32), nn.Tanh(), nn.Linear(32, CLASSES)),
+    )
+
+
 CASES = {
     "mlp": Case("784-512-512-10, N = 128", mlp, (128, 784)),
     "3c3d": Case("DeepOBS 3c3d on CIFAR-10 shapes, N = 64", net_3c3d, (64, 3, 32, 32)),
     "seq": Case("Linear 128-512-128 on [16, 64, 128], then a classifier", seq, (16, 64, 128)),
     "encoder": Case("2-layer transformer encoder, d = 256, T = 128, N = 16", Encoder, (16, 128, 256)),
+    "curved": Case("a small network with Sigmoid and Tanh on 8 x 8 images, N = 32", curved, (32, 1, 8, 8)),
 }
 # Whole steps of gpu_report.py.
 GPU_CASES = {

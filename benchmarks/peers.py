@@ -5,13 +5,14 @@ import importlib
 import warnings
 from contextlib import nullcontext
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 # What is asked for -> the extensions that give it, under BackPACK's names.
-QUANTITIES = {
+FIRST_ORDER = {
     "none": (),
     "BatchGrad": ("BatchGrad",),
     "BatchL2Grad": ("BatchL2Grad",),
@@ -19,13 +20,40 @@ QUANTITIES = {
     "Variance": ("Variance",),
     "together": ("BatchL2Grad", "SumGradSquared", "Variance"),
 }
+SECOND_ORDER = {
+    "DiagGGNExact": ("DiagGGNExact",),
+    "DiagGGNMC": ("DiagGGNMC",),
+    "BatchDiagGGNExact": ("BatchDiagGGNExact",),
+    "BatchDiagGGNMC": ("BatchDiagGGNMC",),
+    "SqrtGGNExact": ("SqrtGGNExact",),
+    "SqrtGGNMC": ("SqrtGGNMC",),
+    "KFAC": ("KFAC",),
+    "KFLR": ("KFLR",),
+    "curvature together": ("DiagGGNExact", "BatchDiagGGNExact", "KFLR"),
+    "DiagHessian": ("DiagHessian",),
+}
+QUANTITIES = FIRST_ORDER | SECOND_ORDER
 # Extension -> the parameters' attribute that holds its result.
 RESULTS = {
     "BatchGrad": "grad_batch",
     "BatchL2Grad": "batch_l2",
     "SumGradSquared": "sum_grad_squared",
     "Variance": "variance",
+    "DiagGGNExact": "diag_ggn_exact",
+    "DiagGGNMC": "diag_ggn_mc",
+    "BatchDiagGGNExact": "diag_ggn_exact_batch",
+    "BatchDiagGGNMC": "diag_ggn_mc_batch",
+    "SqrtGGNExact": "sqrt_ggn_exact",
+    "SqrtGGNMC": "sqrt_ggn_mc",
+    "KFAC": "kfac",
+    "KFLR": "kflr",
+    "DiagHessian": "diag_h",
 }
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of one result: one, or a list of Kronecker factors."""
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 class Peer:
@@ -48,15 +76,15 @@ class Peer:
         """Forward and backward pass that also computes `quantity`, one of `quantities`."""
         cross_entropy(self.model(inputs), labels).backward()
 
-    def results(self, extension: str) -> dict[str, Tensor]:
-        """What `extension` left behind, scaled as BackPACK does, by the parameter's name."""
+    def results(self, extension: str) -> dict[str, Any]:
+        """What `extension` left behind, in BackPACK's form and scaling, by the parameter's name."""
         found = ((name, getattr(p, RESULTS[extension], None)) for name, p in self.model.named_parameters())
         return {name: result for name, result in found if result is not None}
 
     def result_bytes(self, quantity: str) -> int:
         """Memory that the results of the last step take, without the gradient."""
         results = (r for extension in QUANTITIES[quantity] for r in self.results(extension).values())
-        return sum(result.nbytes for result in results)
+        return sum(tensor.nbytes for result in results for tensor in tensors(result))
 
     def drop(self) -> None:
         """Forget gradients and results, so that the next step starts like the first."""
@@ -76,12 +104,14 @@ class BackpackStyle(Peer):
         library = importlib.import_module(self.package)
         super().__init__(model)
         self.model = library.extend(self.model)
+        self.loss = library.extend(nn.CrossEntropyLoss())
         self.backpack = library.backpack
         self.extensions = importlib.import_module(self.package + ".extensions")
 
     def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
         extensions = [getattr(self.extensions, name)() for name in QUANTITIES[quantity]]
-        loss = cross_entropy(self.model(inputs), labels)
+        # Only the second order needs a loss that is prepared.
+        loss = (self.loss if quantity in SECOND_ORDER else cross_entropy)(self.model(inputs), labels)
         with self.backpack(*extensions) if extensions else nullcontext():
             loss.backward()
 

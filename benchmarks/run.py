@@ -1,6 +1,7 @@
-"""Benchmark of the first-order statistics against BackPACK and Opacus (`make bench`).
+"""Benchmark against BackPACK and Opacus (`make bench`).
 
     python benchmarks/run.py                    everything; rewrites benchmarks/results/ and docs/benchmarks.md
+    python benchmarks/run.py --order second     one order of derivatives anew; the other's results are kept
     python benchmarks/run.py --models mlp,seq   a part of it; printed, and written only with --out
     python benchmarks/run.py --quick            a smoke test of a few seconds
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Collection
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,31 @@ import report
 import torch
 from measure import Options, in_new_process, measure_memory, time_model
 from models import CASES
-from peers import LIBRARIES, QUANTITIES
+from peers import FIRST_ORDER, LIBRARIES, QUANTITIES, SECOND_ORDER
 
 FOLDER = Path(__file__).resolve().parent
 # The smoke test: one thread, since two wait for each other on a machine that is busy with other tests.
-QUICK = {"models": ["mlp"], "quantities": ["none", "BatchL2Grad", "together"], "rounds": 2, "threads": 1}
+QUICK = {"models": ["mlp"], "quantities": ["none", "BatchL2Grad", "together", "KFAC"], "rounds": 2, "threads": 1}
+
+
+@dataclass(frozen=True)
+class Order:
+    """Quantities that are measured together, in one process per model."""
+
+    quantities: Collection[str]
+    models: Collection[str]
+    rounds: int
+
+
+ORDERS = {
+    "first": Order(FIRST_ORDER, CASES.keys() - {"curved"}, Options.rounds),
+    "second": Order(SECOND_ORDER, CASES, 8),
+}
+
+
+def is_due(model: str, quantity: str) -> bool:
+    """Where all activations are piecewise linear, the Hessian's diagonal is that of the GGN; attention refuses it."""
+    return model == "curved" or quantity != "DiagHessian"
 
 
 def installed(libraries: list[str]) -> dict[str, str]:
@@ -80,7 +102,7 @@ def measure_model(model: str, cells: list[tuple[str, str]], options: Options, me
         except BrokenProcessPool:
             peaks[library, quantity] = {"error": "the process died, probably out of memory"}
     show(f"{model}: timing")
-    alive = [cell for cell in cells if "error" not in peaks.get(cell, {})]
+    alive = [cell for cell in cells if not {"error", "refused"} & peaks.get(cell, {}).keys()]
     result = in_new_process(time_model, model, alive, options)
     timed = {(cell["library"], cell["quantity"]): cell for cell in result["cells"]}
     result["cells"] = [
@@ -113,10 +135,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--order", type=names(ORDERS), default=list(ORDERS), help="of derivatives: first,second")
     parser.add_argument("--models", type=names(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--libraries", type=names(LIBRARIES), help=f"of {','.join(LIBRARIES)}")
     parser.add_argument("--quantities", type=names(QUANTITIES), help=f"of {','.join(QUANTITIES)}")
-    parser.add_argument("--rounds", type=int, help=f"timed steps per cell (default {default.rounds})")
+    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, second order 8)")
     parser.add_argument("--warm-steps", type=int, default=default.warm_steps, help="untimed steps before each")
     parser.add_argument("--threads", type=int, help=f"of torch (default {default.threads})")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the order within a round")
@@ -132,27 +155,32 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     complete = not (args.quick or args.no_memory or args.models or args.libraries or args.quantities)
     preset = QUICK if args.quick else {}
-    models = args.models or preset.get("models", list(CASES))
-    quantities = args.quantities or preset.get("quantities", list(QUANTITIES))
     versions = installed(args.libraries or list(LIBRARIES))
-    cells = [(lib, q) for lib in versions for q in quantities if q in LIBRARIES[lib].quantities]
-    options = Options(
-        rounds=args.rounds or preset.get("rounds", Options.rounds),
-        warm_steps=args.warm_steps,
-        threads=args.threads or preset.get("threads", Options.threads),
-        device=args.device,
-        seed=args.seed,
-    )
-
-    results = conditions(options, versions) | {"models": {}}
-    for model in models:
-        results["models"][model] = measure_model(model, cells, options, memory=not args.no_memory)
-        print(report.model_table(model, results), flush=True)
-
     out = args.out or (FOLDER / "results" / f"{args.device}.json" if complete else None)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+    results = json.loads(out.read_text()) if out and out.exists() else {}
+    for name in args.order:
+        order = ORDERS[name]
+        options = Options(
+            rounds=args.rounds or preset.get("rounds", order.rounds),
+            warm_steps=args.warm_steps,
+            threads=args.threads or preset.get("threads", Options.threads),
+            device=args.device,
+            seed=args.seed,
+        )
+        chosen = args.quantities or preset.get("quantities", QUANTITIES)
+        taking_part = {lib: v for lib, v in versions.items() if set(order.quantities) & set(LIBRARIES[lib].quantities)}
+        run = conditions(options, taking_part) | {"models": {}}
+        for model in args.models or preset.get("models", CASES):
+            quantities = [q for q in chosen if q in order.quantities and is_due(model, q)]
+            cells = [(lib, q) for lib in taking_part for q in quantities if q in LIBRARIES[lib].quantities]
+            if model in order.models and cells:
+                run["models"][model] = measure_model(model, cells, options, memory=not args.no_memory)
+                print(report.model_table(model, run), flush=True)
+        if run["models"]:
+            results[name] = run
+        if out:  # also while the next order runs
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(results, indent=1) + "\n")
     if complete and not args.out:
         report.main()
 

@@ -87,8 +87,42 @@ def test_benchmark_runs(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, env=subprocess_environment(), cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(out.read_text())
-    cells = results["models"]["mlp"]["cells"]
-    ours = [cell for cell in cells if cell["library"] in ("ours", "backpack_cuda")]
-    assert {cell["quantity"] for cell in ours} == {"none", "BatchL2Grad", "together"}
-    assert not any("error" in cell for cell in cells)
-    assert "BatchL2Grad" in finished.stdout
+    expected = {"first": {"none", "BatchL2Grad", "together"}, "second": {"KFAC"}}
+    assert results.keys() == expected.keys()
+    for order, quantities in expected.items():
+        cells = results[order]["models"]["mlp"]["cells"]
+        assert {cell["quantity"] for cell in cells if cell["library"] == "backpack_cuda"} == quantities
+        assert not any({"error", "refused"} & cell.keys() for cell in cells)
+    assert "BatchL2Grad" in finished.stdout and "WRONG" not in finished.stdout
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """benchmarks/run.py and report.py as modules, which import their neighbours by name."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("run"), importlib.import_module("report")
+
+
+def test_benchmark_of_one_order_keeps_the_other(benchmarks, monkeypatch, tmp_path):
+    """Together with the targets: a sweep for several quantities is held against the dearest of them."""
+    run, report = benchmarks
+    ratios = {"DiagGGNExact": 2.0, "BatchDiagGGNExact": 5.0, "KFLR": 6.0, report.SWEEP: 7.0}
+
+    def measure_model(model, cells, options, memory):
+        numbers = {"quartiles": [1.0, 9.0], "milliseconds": 1.0, "relative_error": 0.0, "missing": 0}
+        measured = [{"library": lib, "quantity": q, "ratio": ratios.get(q, 1.0)} | numbers for lib, q in cells]
+        return {"plain": {"milliseconds": 1.0}, "cells": measured}
+
+    monkeypatch.setattr(run, "measure_model", measure_model)
+    out = tmp_path / "results.json"
+    for order in ("first", "second", "second"):
+        run.main(["--order", order, "--models", "3c3d,mlp", "--libraries", "backpack_cuda", "--out", str(out)])
+    results = json.loads(out.read_text())
+    assert {order: list(run["models"]) for order, run in results.items()} == {
+        "first": ["3c3d", "mlp"],
+        "second": ["3c3d", "mlp"],
+    }
+    table = report.result_section("second", results["second"])
+    rows = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
+    assert "≤ 7.80" in rows["DiagGGNExact + BatchDiagGGNExact + KFLR"] and "missed" not in rows["DiagGGNExact"]
+    assert "missed" in rows["KFLR"]  # of both models
