@@ -81,7 +81,7 @@ def dense_diagonal(model: nn.Module, loss: Callable, x: Tensor) -> list[Tensor]:
     return result
 
 
-def check(model: nn.Module, x: Tensor, loss: Callable | None = None) -> None:
+def check_diagonals(model: nn.Module, x: Tensor, loss: Callable | None = None) -> None:
     """The diagonals from the sources of a float64 model against double backward."""
     model = model.double()
     x = x.double()
@@ -115,3 +115,10 @@ def sandwich(function: Callable[[Tensor], Tensor], shape: tuple[int, ...] = (2, 
     return nn.Sequential(
         nn.Linear(1, torch.Size(shape).numel(), False), Apply(torch.sin), nn.Unflatten(1, shape), Apply(function)
     )
+
+
+def assigned(x: Tensor, change: Callable[[Tensor], None]) -> Tensor:
+    """A copy of x after a change in place."""
+    copied = x.clone()
+    change(copied)
+    return copied
