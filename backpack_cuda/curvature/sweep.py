@@ -214,16 +214,26 @@ class Sweep:
         if not create_graph:
             with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # an operation without batching rule
                 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
-                return list(
-                    torch.autograd.grad(
-                        source, edges, columns, retain_graph=True, is_grads_batched=True, allow_unused=True
-                    )
-                )
+                return self._pull_back_batched(source, edges, columns)
         found = [
             torch.autograd.grad(source, edges, column, retain_graph=True, create_graph=create_graph, allow_unused=True)
             for column in columns
         ]
         return [None if grads[0] is None else torch.stack(grads) for grads in zip(*found, strict=True)]
+
+    @staticmethod
+    def _pull_back_batched(
+        source: Tensor | GradientEdge, edges: Sequence[GradientEdge], columns: Tensor
+    ) -> list[Tensor | None]:
+        reached: list[bool] = []
+
+        def pull_back(column: Tensor) -> list[Tensor]:
+            found = torch.autograd.grad(source, edges, column, retain_graph=True, allow_unused=True)
+            reached[:] = [grad is not None for grad in found]
+            return [grad for grad in found if grad is not None]
+
+        found = iter(torch.func.vmap(pull_back)(columns))
+        return [next(found) if is_reached else None for is_reached in reached]
 
     # ---- collecting ----
 
