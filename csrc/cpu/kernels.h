@@ -90,11 +90,24 @@ struct ProductJob {
   bool add;                         // to what `sum` holds
 };
 
+// Where a finished tile goes: out[r, c] = out[c, r] = scale * sum[r, c] + decay * out[r, c] for c >= r. Out
+// is not read where decay is 0.
+template <class Acc>
+struct ProductStore {
+  Acc scale, decay;
+  Acc* out;  // [size, size]
+  int64_t size;
+};
+
 template <class Acc>
 struct ProductTile {
   int mr, nv;  // mr numbers, or vectors where lanes are groups, times nv vectors; rows and columns share the
                // panels of a pack, which mr divides
   void (*run)(const ProductJob<Acc>&);
+  // Stores the part of a tile [mr, nv, lanes] that begins at row `row` and column `column` of out and has
+  // this many of them; null where lanes are groups.
+  void (*store)(const ProductStore<Acc>&, const Acc* sum, int64_t row, int64_t rows, int64_t column,
+                int64_t columns);
 };
 
 // Some columns of a strided matrix: `valid` columns at these element offsets, zeros from there to `width`.
@@ -138,8 +151,6 @@ struct Kernels {
   // square[i] - sum[i]^2 * inverse_count, or kCancelled where less than 1/64 of square[i] is left; in place.
   void (*center)(const Acc* sum, Acc inverse_count, int64_t count, Acc* square);
   bool (*any_negative)(const Acc* x, int64_t count);
-  // Rows [row_begin, row_end) of a matrix [size, size] left of its diagonal, from the columns above it.
-  void (*mirror)(Acc* matrix, int64_t size, int64_t row_begin, int64_t row_end);
   // out[i] = scale * x[i]
   void (*scale)(const Acc* x, Acc scale, int64_t count, Acc* out);
 };

@@ -620,24 +620,34 @@ bool any_negative(const Acc* x, int64_t count) {
   return negative > 0;
 }
 
-template <class Acc>
-void mirror(Acc* matrix, int64_t size, int64_t row_begin, int64_t row_end) {
-  constexpr int64_t P = kLanes<Acc>;
-  for (int64_t r = row_begin; r < row_end; r += P)
-    for (int64_t c = 0; c < min(r + P, row_end); c += P) {
-      if (r + P <= row_end && c + P <= r) {
-        typename Piece<Acc, P>::type x[P];
-#pragma GCC unroll 16
-        for (int l = 0; l < P; ++l) x[l] = load_piece<Acc, P>(matrix + (c + l) * size + r);
-        transpose<Acc, P>(x);
-#pragma GCC unroll 16
-        for (int l = 0; l < P; ++l) std::memcpy(matrix + (r + l) * size + c, &x[l], sizeof(x[l]));
-        continue;
+template <class Acc, int MR, int NV>
+void store_products(const ProductStore<Acc>& store, const Acc* sum, int64_t row, int64_t rows, int64_t column,
+                    int64_t columns) {
+  constexpr int L = kLanes<Acc>, kWidth = NV * L;
+  Acc* out = store.out + row * store.size + column;         // [rows, columns]
+  Acc* transposed = store.out + column * store.size + row;  // [columns, rows]
+  if (rows < MR || columns < kWidth || column < row + rows) {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t c = row + m > column ? row + m - column : 0; c < columns; ++c) {
+        Acc value = store.scale * sum[m * kWidth + c];
+        if (store.decay != 0) value += store.decay * out[m * store.size + c];
+        out[m * store.size + c] = transposed[c * store.size + m] = value;
       }
-      for (int64_t row = r; row < min(r + P, row_end); ++row)
-        for (int64_t column = c; column < min(c + P, row); ++column)
-          matrix[row * size + column] = matrix[column * size + row];
+    return;
+  }
+  for (int c = 0; c < kWidth; c += MR) {
+    typename Piece<Acc, MR>::type x[MR];
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      x[m] = load_piece<Acc, MR>(sum + m * kWidth + c) * store.scale;
+      Acc* to = out + m * store.size + c;
+      if (store.decay != 0) x[m] += load_piece<Acc, MR>(to) * store.decay;
+      std::memcpy(to, &x[m], sizeof(x[m]));
     }
+    transpose<Acc, MR>(x);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) std::memcpy(transposed + (c + m) * store.size, &x[m], sizeof(x[m]));
+  }
 }
 
 template <class Acc>
@@ -647,8 +657,8 @@ void scale(const Acc* x, Acc factor, int64_t count, Acc* out) {
 
 #define TILE(MR, NV) {MR, NV, contract<Acc, MR, NV, false>}
 #define GROUPED_TILE(MR, NV) {MR, NV, contract<Acc, MR, NV, true>}
-#define PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, false>}
-#define GROUPED_PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, true>}
+#define PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, false>, store_products<Acc, MR, NV>}
+#define GROUPED_PRODUCT_TILE(MR, NV) {MR, NV, add_products<Acc, MR, NV, true>, nullptr}
 template <class Acc>
 constexpr ProductTile<Acc> kDenseProducts[] = {PRODUCT_TILES};
 template <class Acc>
@@ -677,7 +687,6 @@ constexpr Kernels<float> kFloatKernels = {
     deviation<float>,
     center<float>,
     any_negative<float>,
-    mirror<float>,
     scale<float>,
 };
 constexpr Kernels<double> kDoubleKernels = {
@@ -699,7 +708,6 @@ constexpr Kernels<double> kDoubleKernels = {
     deviation<double>,
     center<double>,
     any_negative<double>,
-    mirror<double>,
     scale<double>,
 };
 

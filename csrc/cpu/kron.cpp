@@ -35,8 +35,10 @@ namespace {
 using torch::stable::parallel_for;
 using Dims = KronSource::Dims;
 
-constexpr int64_t kItems = 16;           // split-up work: fixed, so that results do not depend on the threads
-constexpr int64_t kLargestKernel = 256;  // along one dim; wider ones are unfolded
+constexpr int64_t kItems = 16;  // split-up work: fixed, so that results do not depend on the threads
+constexpr int64_t kDepthBytes = 24 << 10;  // of a panel of columns: stays in the L1 cache
+constexpr int64_t kLargestTile = 1 << 10;  // elements
+constexpr int64_t kLargestKernel = 256;    // along one dim; wider ones are unfolded
 
 int64_t product(const Dims& dims) { return dims[0] * dims[1] * dims[2]; }
 
@@ -208,7 +210,8 @@ struct KronPlan {
 // Classes of three dims together, with a lag of zero or a positive one.
 struct KronClass {
   std::array<const LagClass*, 3> axes;
-  bool diagonal;  // lag zero
+  bool diagonal;           // lag zero
+  size_t first_piece = 0;  // in the table of a split
   int64_t pieces() const {
     return int64_t(axes[0]->pieces.size() * axes[1]->pieces.size() * axes[2]->pieces.size());
   }
@@ -226,34 +229,46 @@ class KronFactor {
         scale_(Acc(update.scale)),
         decay_(Acc(update.decay)) {
     size_ = plan.channels * plan.inner * plan.outer + update.homogeneous;
+    for (int64_t f = 0; f < plan.features; ++f)
+      rows_.push_back(f / plan.inner * plan.inner * plan.outer + f % plan.inner);
     choose_slabs();
     fill_offsets();
     list_strips();
   }
 
   void run() {
+    packed_ = workspace_.get<Acc>(std::max<int64_t>(chunk_ * box_positions_ * position_size_, 1));
     for (size_t begin = 0; begin < strips_.size();) {
       size_t end = begin;
       int64_t elements = 0;
-      while (end < strips_.size() &&
-             (end == begin ||
-              (elements + strips_[end].size) * splits_ * int64_t(sizeof(Acc)) <= kAccumulatorBytes)) {
+      for (; end < strips_.size(); ++end) {
+        const int64_t bytes = (elements + strips_[end].size) * splits_ * int64_t(sizeof(Acc));
+        if (end > begin && bytes > kAccumulatorBytes) break;
         strips_[end].offset = elements;
-        elements += strips_[end++].size;
+        elements += strips_[end].size;
       }
       pass(begin, end, elements);
       begin = end;
     }
     if (update_.homogeneous) corner();
-    mirror();
+    if (!stores_tiles_ || source_.samples == 0 || slabs_ == 0) mirror();
   }
 
  private:
   // All tiles of some rows in one class.
   struct Strip {
     int64_t block, row_panel;  // row_panel == row_panels: the sums of the vectors themselves
-    const KronClass* lags;
-    int64_t first_panel, size, offset;
+    size_t lags;
+    int64_t first_panel, size, offset;  // its tiles [panel][piece][mr][width]
+  };
+  struct TileOf {
+    size_t strip;
+    int64_t panel;
+  };
+  // The positions of one piece in one split of a chunk.
+  struct Piece {
+    int64_t count[4], stride[4];
+    int64_t left, right;
   };
 
   // --- What is summed when. ---
@@ -280,14 +295,16 @@ class KronFactor {
         }
     for (int64_t block = 0; block < plan_.group_blocks; ++block)
       for (int64_t panel = 0; panel < plan_.row_panels + update_.homogeneous; ++panel)
-        for (const KronClass& lags : classes_) {
+        for (size_t c = 0; c < classes_.size(); ++c) {
+          const KronClass& lags = classes_[c];
           const bool sums = panel == plan_.row_panels;
           if (sums && !lags.diagonal) continue;
           const int64_t first = lags.diagonal && !sums ? plan_.first_panel(panel) : 0;
           strips_.push_back(
-              {block, panel, &lags, first, lags.pieces() * (plan_.panels - first) * plan_.tile_size(), 0});
+              {block, panel, c, first, lags.pieces() * (plan_.panels - first) * plan_.tile_size(), 0});
         }
     splits_ = std::clamp<int64_t>(ceil_div(kItems, std::max<int64_t>(int64_t(strips_.size()), 1)), 1, kItems);
+    stores_tiles_ = plan_.outer == 1 && !plan_.lanes_are_groups && splits_ == 1;
   }
 
   // The largest slab (all, some planes, some lines of one plane, or part of one line) whose packed vectors
@@ -338,92 +355,139 @@ class KronFactor {
   }
 
   void pass(size_t strip_begin, size_t strip_end, int64_t elements) {
+    const int64_t chunks = ceil_div(source_.samples, chunk_) * slabs_;
     Workspace workspace;
     Acc* sums = workspace.get<Acc>(std::max<int64_t>(splits_ * elements, 1));
-    Acc* packed = workspace.get<Acc>(std::max<int64_t>(chunk_ * box_positions_ * position_size_, 1));
-    bool add = false;
-    for (int64_t slab = 0; slab < slabs_; ++slab) {
+    if (chunks == 0) std::fill_n(sums, splits_ * elements, Acc(0));
+    std::vector<TileOf> tiles;
+    for (size_t s = strip_begin; s < strip_end; ++s)
+      for (int64_t panel = strips_[s].first_panel; panel < plan_.panels; ++panel) tiles.push_back({s, panel});
+    std::stable_sort(tiles.begin(), tiles.end(), [&](const TileOf& a, const TileOf& b) {
+      return std::pair(strips_[a.strip].block, a.panel) < std::pair(strips_[b.strip].block, b.panel);
+    });
+    for (int64_t chunk = 0, slab = 0; slab < slabs_; ++slab) {
       place_slab(slab);
-      for (int64_t n = 0; n < source_.samples; n += chunk_) {
+      for (int64_t n = 0; n < source_.samples; n += chunk_, ++chunk) {
         const int64_t samples = std::min(chunk_, source_.samples - n);
-        pack(n, samples, packed);
-        const int64_t strips = int64_t(strip_end - strip_begin);
-        parallel_for(0, strips * splits_, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            // Rows far down have few tiles: from both ends by turns.
-            const int64_t k = i / splits_, split = i % splits_;
-            const int64_t strip = k % 2 ? strips - 1 - k / 2 : k / 2;
-            add_strip(strips_[strip_begin + strip], split, samples, packed, add, sums + split * elements);
-          }
+        if (chunks > 1 || strip_begin == 0) pack(n, samples);  // a single chunk stays
+        place_pieces(samples);
+        const int64_t count = int64_t(tiles.size());
+        parallel_for(0, count * splits_, 1, [&](int64_t begin, int64_t end) {
+          // A few rows at a time, whose panel of columns is still in the L1 cache for the next tile.
+          for (int64_t depth = 0; depth < depths_; ++depth)
+            for (int64_t i = begin; i < end; ++i) {
+              const TileOf& tile = tiles[i % count];
+              const int64_t split = i / count;
+              add_tile(strips_[tile.strip], tile.panel, split, depth, samples, chunk == 0,
+                       chunk + 1 == chunks, sums + split * elements);
+            }
         });
-        add = true;
       }
     }
-    if (!add) std::fill_n(sums, splits_ * elements, Acc(0));
-    finish(strip_begin, strip_end, elements, sums);
+    finish(strip_begin, strip_end, elements, sums, chunks == 0);
   }
 
-  // Adds one split of the packed samples to a strip's tiles [piece][panel][mr][width].
-  void add_strip(const Strip& strip, int64_t split, int64_t samples, const Acc* packed, bool add,
-                 Acc* sums) const {
+  // Where the factors of every piece lie in the packed samples.
+  void place_pieces(int64_t samples) {
+    pieces_.clear();
+    const int64_t box = product(box_lengths());
+    for (int64_t split = 0; split < splits_; ++split) {
+      Range share{0, samples};  // of the samples, or else of the longest dim
+      std::array<Range, 3> left = left_;
+      const auto cut = [&](Range& range) {
+        const int64_t length = range.length();
+        range = {range.begin + length * split / splits_, range.begin + length * (split + 1) / splits_};
+      };
+      int longest = 0;
+      for (int d = 1; d < 3; ++d)
+        if (left[d].length() > left[longest].length()) longest = d;
+      cut(samples >= splits_ || samples >= left[longest].length() ? share : left[longest]);
+      for (KronClass& lags : classes_) {
+        lags.first_piece = pieces_.size() - (split ? split * split_pieces_ : 0);
+        int64_t shift = 0;
+        for (int d = 0; d < 3; ++d) shift += lags.axes[d]->lag * plan_.axes[d].dilation * box_stride_[d];
+        for (const Range& a : lags.axes[0]->pieces)
+          for (const Range& b : lags.axes[1]->pieces)
+            for (const Range& c : lags.axes[2]->pieces) {
+              const std::array<const Range*, 3> ranges{&a, &b, &c};
+              Piece piece{{share.length()}, {box}, share.begin * box, 0};
+              for (int d = 0; d < 3; ++d) {
+                const Axis& axis = plan_.axes[d];
+                const Range j = plan_.unfolded[d] ? Range{std::max(ranges[d]->begin, left[d].begin),
+                                                          std::min(ranges[d]->end, left[d].end)}
+                                                  : axis.products(*lags.axes[d], *ranges[d], left[d]);
+                piece.count[d + 1] = j.length(), piece.stride[d + 1] = plan_.step(d) * box_stride_[d];
+                piece.left +=
+                    (j.begin * plan_.step(d) + lags.axes[d]->residue - box_[d].begin) * box_stride_[d];
+              }
+              piece.right = piece.left + shift;
+              merge_dims(piece);
+              pieces_.push_back(piece);
+            }
+      }
+      if (split == 0) split_pieces_ = int64_t(pieces_.size());
+    }
+    depths_ = 1;
+    if (plan_.outer > 1) return;
+    depth_rows_ = std::max<int64_t>(kDepthBytes / (plan_.pitch() * int64_t(sizeof(Acc))), 1);
+    for (const Piece& piece : pieces_) {
+      if (piece.count[0] * piece.count[1] * piece.count[2] > 1) return;
+      depths_ = std::max(depths_, ceil_div(piece.count[3], depth_rows_));
+    }
+  }
+
+  // Adds one split of the packed samples to a tile of every piece.
+  void add_tile(const Strip& strip, int64_t panel, int64_t split, int64_t depth, int64_t samples,
+                bool first_chunk, bool last_chunk, Acc* sums) const {
     static constexpr Acc kOnes[8 * 64 / sizeof(Acc)] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
     const ProductTile<Acc>& tile = plan_.tile;
-    const int64_t box = product(box_lengths()), panel_stride = samples * box * plan_.pitch();
-    const Acc* block = packed + strip.block * plan_.panels * panel_stride;
-    Range share{0, samples};  // of the samples, or else of the longest dim
-    std::array<Range, 3> left = left_;
-    const auto cut = [&](Range& range) {
-      const int64_t length = range.length();
-      range = {range.begin + length * split / splits_, range.begin + length * (split + 1) / splits_};
-    };
-    int longest = 0;
-    for (int d = 1; d < 3; ++d)
-      if (left[d].length() > left[longest].length()) longest = d;
-    cut(samples >= splits_ || samples >= left[longest].length() ? share : left[longest]);
-
-    ProductJob<Acc> job;
-    job.right_pitch = plan_.pitch();
-    job.add = add;
-    const bool ones = strip.row_panel == plan_.row_panels;
-    job.left_pitch = ones ? 0 : plan_.pitch();
+    const int64_t panel_stride = samples * product(box_lengths()) * plan_.pitch();
+    const Acc* block = packed_ + strip.block * plan_.panels * panel_stride;
+    const bool ones = strip.row_panel == plan_.row_panels,
+               stores = stores_tiles_ && last_chunk && depth + 1 == depths_ && !ones;
     const int64_t row = strip.row_panel * tile.mr;
-    const Acc* left_panel =
+    const Acc* left =
         block + row / plan_.panel_features * panel_stride + row % plan_.panel_features * plan_.feature_stride;
-    const KronClass& lags = *strip.lags;
-    int64_t shift = 0;
-    for (int d = 0; d < 3; ++d) shift += lags.axes[d]->lag * plan_.axes[d].dilation * box_stride_[d];
+    const Acc* right = block + panel * panel_stride;
+    const KronClass& lags = classes_[strip.lags];
+    const Piece* pieces = pieces_.data() + split * split_pieces_ + lags.first_piece;
+    const int64_t count = lags.pieces();
+    Acc* to = sums + strip.offset + (panel - strip.first_panel) * count * plan_.tile_size();
+    alignas(64) Acc whole[kLargestTile];  // a tile that is complete at once
+    if (stores && first_chunk && depths_ == 1) to = whole;
+    ProductJob<Acc> job;
+    job.left_pitch = ones ? 0 : plan_.pitch(), job.right_pitch = plan_.pitch();
+    job.add = !first_chunk || depth > 0;
+    for (int64_t p = 0; p < count; ++p, to += plan_.tile_size()) {
+      const Piece& piece = pieces[p];
+      std::copy_n(piece.count, 4, job.count);
+      std::copy_n(piece.stride, 4, job.stride);
+      int64_t begin = 0;
+      if (depths_ > 1) {
+        begin = std::min(depth * depth_rows_, piece.count[3]);
+        job.count[3] = std::min(depth_rows_, piece.count[3] - begin);
+        begin *= piece.stride[3];
+      }
+      if (job.count[3] == 0 && !job.add) std::fill_n(to, plan_.tile_size(), Acc(0));
+      if (job.count[3] > 0) {
+        job.left = ones ? kOnes : left + (piece.left + begin) * plan_.pitch();
+        job.right = right + (piece.right + begin) * plan_.pitch();
+        job.sum = to;
+        tile.run(job);
+      }
+      if (stores) store_tile(strip, panel, to);
+    }
+  }
 
-    Acc* to = strip.offset + sums;
-    for (const Range& a : lags.axes[0]->pieces)
-      for (const Range& b : lags.axes[1]->pieces)
-        for (const Range& c : lags.axes[2]->pieces) {
-          const std::array<const Range*, 3> piece{&a, &b, &c};
-          int64_t position = share.begin * box;
-          job.count[0] = share.length(), job.stride[0] = box;
-          for (int d = 0; d < 3; ++d) {
-            const Axis& axis = plan_.axes[d];
-            const Range j = plan_.unfolded[d] ? Range{std::max(piece[d]->begin, left[d].begin),
-                                                      std::min(piece[d]->end, left[d].end)}
-                                              : axis.products(*lags.axes[d], *piece[d], left[d]);
-            job.count[d + 1] = j.length(), job.stride[d + 1] = plan_.step(d) * box_stride_[d];
-            position += (j.begin * plan_.step(d) + lags.axes[d]->residue - box_[d].begin) * box_stride_[d];
-          }
-          merge_dims(job);
-          job.left = ones ? kOnes : left_panel + position * plan_.pitch();
-          for (int64_t panel = strip.first_panel; panel < plan_.panels; ++panel, to += plan_.tile_size()) {
-            if (job.count[3] == 0) {
-              if (!add) std::fill_n(to, plan_.tile_size(), Acc(0));
-              continue;
-            }
-            job.right = block + panel * panel_stride + (position + shift) * plan_.pitch();
-            job.sum = to;
-            tile.run(job);
-          }
-        }
+  void store_tile(const Strip& strip, int64_t panel, const Acc* tile) const {
+    const int64_t row = strip.row_panel * plan_.tile.mr, column = panel * plan_.panel_features;
+    plan_.tile.store({scale_, decay_, out_ + strip.block * size_ * size_, size_}, tile, row,
+                     std::min<int64_t>(plan_.tile.mr, plan_.features - row), column,
+                     std::min(plan_.panel_features, plan_.features - column));
   }
 
   // The innermost dim as long as possible; no position at all is an innermost count of 0.
-  static void merge_dims(ProductJob<Acc>& job) {
+  static void merge_dims(Piece& job) {
     for (int d = 0; d < 3; ++d)
       if (job.count[d] == 0) job.count[3] = 0;
     for (int d = 2; d >= 0; --d) {
@@ -474,7 +538,7 @@ class KronFactor {
                : width;
   }
 
-  void pack(int64_t first, int64_t samples, Acc* packed) const {
+  void pack(int64_t first, int64_t samples) const {
     const int64_t lines = box_[0].length() * box_[1].length(), width = box_[2].length(),
                   blocks = plan_.group_blocks;
     const int64_t parts = std::clamp<int64_t>(ceil_div(kItems, samples * blocks), 1, lines * width);
@@ -488,7 +552,7 @@ class KronFactor {
           return cut ? Range{length * part / parts, length * (part + 1) / parts} : Range{0, length};
         };
         const Range some_lines = share(lines, by_lines), columns = share(width, !by_lines);
-        Acc* to = packed + (block * plan_.panels * samples + sample) * lines * width * plan_.pitch();
+        Acc* to = packed_ + (block * plan_.panels * samples + sample) * lines * width * plan_.pitch();
         for (int64_t line = some_lines.begin; line < some_lines.end; ++line) {
           const int64_t d = box_[0].begin + line / box_[1].length(),
                         h = box_[1].begin + line % box_[1].length();
@@ -574,21 +638,25 @@ class KronFactor {
   // --- From pieces to the factor. ---
 
   // Row of feature f at outer kernel position i.
-  int64_t row_of(int64_t f, int64_t i) const {
-    return f / plan_.inner * plan_.inner * plan_.outer + i * plan_.inner + f % plan_.inner;
-  }
+  int64_t row_of(int64_t f, int64_t i) const { return rows_[f] + i * plan_.inner; }
 
-  void finish(size_t strip_begin, size_t strip_end, int64_t elements, const Acc* sums) const {
+  void finish(size_t strip_begin, size_t strip_end, int64_t elements, const Acc* sums,
+              bool nothing_stored) const {
     std::vector<size_t> firsts;  // of the strips of one row panel
-    for (size_t s = strip_begin; s < strip_end; ++s)
-      if (s == strip_begin || strips_[s].row_panel != strips_[s - 1].row_panel ||
-          strips_[s].block != strips_[s - 1].block)
+    for (size_t s = strip_begin; s < strip_end; ++s) {
+      const Strip& strip = strips_[s];
+      if (stores_tiles_ && !nothing_stored && strip.row_panel < plan_.row_panels) continue;
+      if (firsts.empty() || strip.row_panel != strips_[firsts.back()].row_panel ||
+          strip.block != strips_[firsts.back()].block)
         firsts.push_back(s);
-    firsts.push_back(strip_end);
-    parallel_for(0, int64_t(firsts.size()) - 1, 1, [&](int64_t begin, int64_t end) {
+    }
+    parallel_for(0, int64_t(firsts.size()), 1, [&](int64_t begin, int64_t end) {
       std::vector<Acc> row(plan_.panels * plan_.pitch());
-      for (size_t s = firsts[begin]; s < firsts[end]; ++s)
-        finish_strip(strips_[s], elements, sums + strips_[s].offset, row.data());
+      for (int64_t i = begin; i < end; ++i)
+        for (size_t s = firsts[i]; s < strip_end && strips_[s].row_panel == strips_[firsts[i]].row_panel &&
+                                   strips_[s].block == strips_[firsts[i]].block;
+             ++s)
+          finish_strip(strips_[s], elements, sums + strips_[s].offset, row.data());
     });
   }
 
@@ -597,7 +665,7 @@ class KronFactor {
     const bool ones = strip.row_panel == plan_.row_panels;
     const int64_t begin = strip.row_panel * plan_.tile.mr,
                   rows = ones ? 1 : std::min<int64_t>(plan_.tile.mr, plan_.features - begin);
-    const KronClass& lags = *strip.lags;
+    const KronClass& lags = classes_[strip.lags];
     const int64_t groups = groups_in(strip.block);
     for (const auto& a : lags.axes[0]->members)
       for (const auto& b : lags.axes[1]->members)
@@ -626,7 +694,7 @@ class KronFactor {
   // One row of the tiles of a member, its pieces and splits added up.
   void add_pieces(const Strip& strip, int64_t elements, const Acc* tiles,
                   const std::array<LagClass::Member, 3>& member, Acc* row) const {
-    const KronClass& lags = *strip.lags;
+    const KronClass& lags = classes_[strip.lags];
     const int64_t pitch = plan_.pitch(), panels = plan_.panels - strip.first_panel;
     std::fill_n(row, panels * pitch, Acc(0));
     for (int64_t split = 0; split < splits_; ++split)
@@ -635,10 +703,9 @@ class KronFactor {
           for (int64_t c = member[2].first; c < member[2].last; ++c) {
             const int64_t piece =
                 (a * int64_t(lags.axes[1]->pieces.size()) + b) * int64_t(lags.axes[2]->pieces.size()) + c;
-            const Acc* from = tiles + split * elements + piece * panels * plan_.tile_size();
-            for (int64_t panel = 0; panel < panels; ++panel)
-              for (int64_t e = 0; e < pitch; ++e)
-                row[panel * pitch + e] += from[panel * plan_.tile_size() + e];
+            const Acc* from = tiles + split * elements + piece * plan_.tile_size();
+            for (int64_t panel = 0; panel < panels; ++panel, from += lags.pieces() * plan_.tile_size())
+              for (int64_t e = 0; e < pitch; ++e) row[panel * pitch + e] += from[e];
           }
   }
 
@@ -677,7 +744,7 @@ class KronFactor {
 
   // The entries that no strip wrote: of (f, i) and (f', i') with i' < i, or i' = i and f' < f.
   void mirror() const {
-    const int64_t groups = source_.geometry.groups, rows = size_ - update_.homogeneous;
+    const int64_t groups = source_.geometry.groups;
     constexpr int64_t kBlock = 16;  // features
     const int64_t blocks = ceil_div(plan_.features, kBlock);
     parallel_for(0, groups * blocks, 1, [&](int64_t begin, int64_t end) {
@@ -686,10 +753,6 @@ class KronFactor {
         const int64_t k = item % blocks, block = k % 2 ? blocks - 1 - k / 2 : k / 2;
         Acc* out = out_ + item / blocks * size_ * size_;
         const int64_t f_begin = block * kBlock, f_end = std::min(f_begin + kBlock, plan_.features);
-        if (plan_.outer == 1) {
-          kernels_.mirror(out, size_, f_begin, std::min(f_end, rows));
-          continue;
-        }
         for (int64_t g_begin = 0; g_begin < plan_.features; g_begin += kBlock)
           mirror_block(out, f_begin, f_end, g_begin, std::min(g_begin + kBlock, plan_.features));
       }
@@ -713,7 +776,9 @@ class KronFactor {
   Acc* const out_;
   const Kernels<Acc>& kernels_;
   const Acc scale_, decay_;
-  int64_t size_;                     // D'
+  int64_t size_;  // D'
+  Workspace workspace_;
+  Acc* packed_;
   Dims slab_, before_, after_;       // left factors of a slab, and how far right factors reach out of it
   int64_t slabs_, chunk_;            // per sample; samples per chunk
   int64_t position_size_;            // packed elements per position, all panels
@@ -724,6 +789,10 @@ class KronFactor {
   std::vector<KronClass> classes_;
   std::vector<Strip> strips_;
   int64_t splits_;
+  std::vector<Piece> pieces_;  // of every split and class
+  int64_t split_pieces_, depths_, depth_rows_;
+  bool stores_tiles_;                // tiles go to `out` once they are complete
+  std::vector<int64_t> rows_;        // of the features at the first outer kernel position
   std::vector<int64_t> offsets_[2];  // of the first blocks of groups, of the last
   std::vector<int64_t> line_offsets_;
 };
