@@ -25,6 +25,8 @@ OPERATORS = (
     "conv_column_stats",
     "conv_transpose_column_stats",
     "bias_column_stats",
+    "linear_kron_factor",
+    "conv_kron_factor",
     "_cuda_option",
 )
 

@@ -7,31 +7,20 @@
 
 #include "cuda/common/cuda_check.h"
 #include "cuda/contract/epilogue.cuh"
-#include "cuda/contract/fragments.cuh"
 #include "cuda/contract/loaders.cuh"
+#include "cuda/contract/tile.cuh"
 
 namespace backpack_cuda::cuda {
 
 // All that an instantiation decides.
 template <ContractPrecision kPrecision, ContractLoader kLoader, ContractTile kTile, ContractMode kMode_>
-struct ContractTraits {
+struct ContractTraits : TensorTile<kPrecision, kTile, kLoader == ContractLoader::kPositions> {
+  using Tile = TensorTile<kPrecision, kTile, kLoader == ContractLoader::kPositions>;
+  using Tile::kEdge, Tile::kWarps, Tile::kThreads;
+  using typename Tile::Element;
   static constexpr ContractMode kMode = kMode_;
   static constexpr bool kColumns = kMode == ContractMode::kColumns;
-  static constexpr bool kHalf =
-      kPrecision == ContractPrecision::kBFloat16 || kPrecision == ContractPrecision::kFloat16;
-  using Element = std::conditional_t<
-      !kHalf, float, std::conditional_t<kPrecision == ContractPrecision::kBFloat16, __nv_bfloat16, __half>>;
-  // A warp's 64x32 or 32x32 share: with the sum and the squares, three such tiles fit its registers.
-  static constexpr int kEdge = kTile == ContractTile::k64 ? 64 : 128, kWarpO = kEdge / 2, kWarpI = 32;
-  static constexpr int kWarpsI = kEdge / kWarpI, kWarps = 2 * kWarpsI, kThreads = 32 * kWarps;
-  static constexpr int kBlocks = kTile == ContractTile::k64 ? 3 : 1;  // per multiprocessor
-  static constexpr int kDepth = kHalf ? 16 : 8, kRows = 2 * kDepth;   // positions of an mma, of a slab
-
-  static __device__ __forceinline__ int warp_o(int warp) { return warp / kWarpsI * kWarpO; }
-  static __device__ __forceinline__ int warp_i(int warp) { return warp % kWarpsI * kWarpI; }
-
-  static constexpr bool kAlongT = kLoader == ContractLoader::kPositions;
-  using SlabA = Slab<Element, kRows, kEdge, kAlongT>;
+  using SlabA = typename Tile::TileSlab;
   using SlabB = SlabA;
   using LoaderA =
       std::conditional_t<kLoader == ContractLoader::kRows, RowLoader<SlabA, kThreads, kColumns>,
@@ -40,16 +29,6 @@ struct ContractTraits {
       kLoader == ContractLoader::kPositions, PositionLoader<SlabB, kThreads, kColumns>,
       std::conditional_t<kLoader == ContractLoader::kElements, PatchLoader<SlabB, kThreads, false, kColumns>,
                          RowLoader<SlabB, kThreads, kColumns>>>;
-  template <class B, class A>
-  struct Select {
-    using type = Tf32Fragments<B, A, kWarpO, kWarpI, kPrecision == ContractPrecision::kTf32 ? 1 : 3>;
-  };
-  template <class B, class A>
-    requires(sizeof(typename B::Element) == 2)
-  struct Select<B, A> {
-    using type = HalfFragments<B, A, kWarpO, kWarpI>;
-  };
-  using Fragments = typename Select<SlabB, SlabA>::type;
 
   // The slabs' columns have another order than the weight's.
   static constexpr bool kOwnOrder = kLoader == ContractLoader::kChannelsLast;

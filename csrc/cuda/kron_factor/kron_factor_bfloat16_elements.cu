@@ -1,0 +1,9 @@
+#include "cuda/kron_factor/kron_factor.cuh"
+
+namespace backpack_cuda::cuda {
+
+void kron_factor_bfloat16_elements(const KronJob& job, ContractTile tile, cudaStream_t stream) {
+  launch_kron_tile<ContractPrecision::kBFloat16, ContractLoader::kElements>(job, tile, stream);
+}
+
+}  // namespace backpack_cuda::cuda

@@ -1,0 +1,9 @@
+#include "cuda/kron_factor/kron_factor.cuh"
+
+namespace backpack_cuda::cuda {
+
+void kron_factor_tf32x3_channels(const KronJob& job, ContractTile tile, cudaStream_t stream) {
+  launch_kron_tile<ContractPrecision::kTf32x3, ContractLoader::kChannelsLast>(job, tile, stream);
+}
+
+}  // namespace backpack_cuda::cuda
