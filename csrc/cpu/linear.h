@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/aten.h"
 #include "cpu/contract.h"
 #include "cpu/options.h"
 #include "cpu/strided.h"
@@ -155,6 +156,26 @@ template <class Acc>
 int64_t rows_per_block(int64_t rows, int64_t I, int64_t O) {
   const int64_t fitting = kChunkBytes / ((I + O) * int64_t(sizeof(Acc)));
   return std::min(rows, std::clamp<int64_t>(fitting, 64, 1024));
+}
+
+// T = 1: whether torch's own matrix products are faster than the contraction, by 10 to 30 %. With more rows
+// than this they may split the sum over n between threads, and their results then depend on the number of
+// threads.
+template <class Acc>
+bool library_multiplies_faster(const Matrix& a, int64_t N) {
+  constexpr int64_t kRows = 256;
+  return N <= kRows && options().method != kProducts && a.storage == (sizeof(Acc) == 8 ? kFloat64 : kFloat32);
+}
+
+// Whether copies of both operands are small enough.
+template <class Acc>
+bool squares_fit(int64_t N, int64_t I, int64_t O) {
+  return N * (I + O) * int64_t(sizeof(Acc)) <= kSlabBytes;
+}
+
+// T = 1: an operand as a matrix without a graph, [N, columns].
+inline Tensor flat(const Tensor& tensor) {
+  return torch::stable::reshape(aten::detach(tensor), {tensor.size(0), tensor.size(tensor.dim() - 1)});
 }
 
 // b a^T to `out` [O, I] from element `offset` on; scratch [I] where `convert` is set.

@@ -6,9 +6,11 @@
 // sum_v signs b_vn^2 with a_n^2 over n, and batch_diag their outer products.
 #include <torch/csrc/stable/library.h>
 
+#include "common/aten.h"
 #include "cpu/bias.h"
 #include "cpu/conv.h"
 #include "cpu/linear.h"
+#include "cpu/result_pool.h"
 #include "ops/column_stats.h"
 
 namespace backpack_cuda::cpu {
@@ -75,7 +77,8 @@ template <class Acc>
 class LinearColumns {
  public:
   LinearColumns(const Tensor& input, const Columns& columns, int64_t want, const ColumnTensors& weight)
-      : gradients_(columns),
+      : input_(input),
+        gradients_(columns),
         a_(input),
         b_(columns.first, columns.stride()),
         N_(columns.N()),
@@ -98,7 +101,12 @@ class LinearColumns {
       });
       return;
     }
-    if (want_ & kDiag) diag();
+    if (want_ & kDiag) {
+      if (library_multiplies_faster<Acc>(a_, N_) && squares_fit<Acc>(N_, I_, O_))
+        library_product();
+      else
+        diag();
+    }
     if (want_ & (kBatchDiag | kFactor)) outer_products();
   }
 
@@ -113,6 +121,28 @@ class LinearColumns {
     });
   }
 
+  // diag, by torch's matrix product.
+  void library_product() {
+    const Tensor squares = pooled_empty(input_, {N_, O_}, input_.scalar_type());  // sum_v signs b_vn^2
+    Acc* const data = static_cast<Acc*>(squares.mutable_data_ptr());
+    parallel_for(0, N_, 16, [&](int64_t begin, int64_t end) {
+      std::vector<Acc> scratch(O_);
+      for (int64_t n = begin; n < end; ++n) add_squares(n, scratch.data(), data + n * O_);
+    });
+    const Tensor a = flat(input_);
+    aten::transposed_product(squares, aten::mul(a, a), weight_.diag);
+  }
+
+  // square [O] = sum_v signs b_vn^2
+  void add_squares(int64_t n, Acc* scratch, Acc* square) const {
+    std::fill(square, square + O_, Acc(0));
+    for (int64_t v = 0; v < gradients_.V; ++v) {
+      const Acc* b = b_.row(v, n, scratch);
+      const Acc sign = gradients_.signs ? gradients_.signs[n * gradients_.V + v] : Acc(1);
+      for (int64_t o = 0; o < O_; ++o) square[o] += sign * b[o] * b[o];
+    }
+  }
+
   void outer_products() {
     const Convert<Acc> convert = converter<Acc>(b_.storage);
     void* const factor = data_or_null(weight_.factor, want_ & kFactor);
@@ -122,20 +152,19 @@ class LinearColumns {
       std::vector<Acc> a_scratch(I_), a_square(I_), b_scratch(O_), square(O_), product(convert ? I_ : 0);
       for (int64_t n = begin; n < end; ++n) {
         const Acc* a = a_.row(0, n, a_scratch.data());
-        std::fill(square.begin(), square.end(), Acc(0));
-        for (int64_t v = 0; v < V; ++v) {
+        for (int64_t v = 0; v < V && factor; ++v) {
           const Acc* b = b_.row(v, n, b_scratch.data());
-          const Acc sign = gradients_.signs ? gradients_.signs[n * V + v] : Acc(1);
-          for (int64_t o = 0; o < O_; ++o) square[o] += sign * b[o] * b[o];
-          if (factor) outer_product(b, O_, a, I_, convert, product.data(), factor, (v * N_ + n) * size);
+          outer_product(b, O_, a, I_, convert, product.data(), factor, (v * N_ + n) * size);
         }
         if (!batch_diag) continue;
+        add_squares(n, b_scratch.data(), square.data());
         for (int64_t i = 0; i < I_; ++i) a_square[i] = a[i] * a[i];
         outer_product<Acc>(square.data(), O_, a_square.data(), I_, nullptr, nullptr, batch_diag, n * size);
       }
     });
   }
 
+  const Tensor& input_;
   const Gradients<Acc> gradients_;
   const Matrix a_, b_;
   const int64_t N_, T_, I_, O_, want_;

@@ -92,15 +92,9 @@ class Linear {
     });
   }
 
-  // T = 1: torch's own matrix products are 10 to 30 % faster than the contraction. With more rows than this
-  // they may split the sum over n between threads, and their results then depend on the number of threads.
   bool library_is_faster(int64_t want) const {
-    constexpr int64_t kRows = 256;
-    if (N_ > kRows) return false;
-    if (options().method == kProducts || a_.storage != (sizeof(Acc) == 8 ? kFloat64 : kFloat32)) return false;
-    if (want == kGrad) return true;
-    const bool squares_fit = N_ * (I_ + O_) * int64_t(sizeof(Acc)) <= kSlabBytes;  // copies of the operands
-    return squares_fit && (want & kGrad);
+    if (!library_multiplies_faster<Acc>(a_, N_)) return false;
+    return want == kGrad || (squares_fit<Acc>(N_, I_, O_) && (want & kGrad));
   }
 
   void library_products(int64_t want) {
@@ -164,11 +158,6 @@ class Linear {
         }
       }
     });
-  }
-
-  // Detached [N, columns].
-  static Tensor flat(const Tensor& tensor) {
-    return torch::stable::reshape(aten::detach(tensor), {tensor.size(0), tensor.size(tensor.dim() - 1)});
   }
 
   void outer_norms() {
