@@ -93,7 +93,7 @@ def curvature(model: nn.Module, loss: Loss, inputs: Tensor, create_graph: bool =
 
 
 def _gradients(scalar: Tensor, tensors: list[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
-    if not scalar.requires_grad:
+    if not scalar.requires_grad or not tensors:
         return tuple(torch.zeros_like(t) for t in tensors)
     return torch.autograd.grad(
         scalar, tensors, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True

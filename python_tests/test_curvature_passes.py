@@ -289,12 +289,12 @@ def test_flattened_logits(flattened, ignored, device):
         targets[[0, 5, 6]] = -100
     expected = curvature(stock, lambda f: F.cross_entropy(f.flatten(0, 1), targets), tokens)
     model, loss = extend(stock).to(device), extend(nn.CrossEntropyLoss())
-    with backpack(*exact_extensions(), DiagGGNMC(1500), KFLR(fail_mode="SILENT")):
+    with backpack(*exact_extensions(), DiagGGNMC(400), KFLR(fail_mode="SILENT")):
         loss(flattened(model(tokens.to(device))), targets.to(device)).backward()
     assert_exact_ggn(model, expected)
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "diag_ggn_mc"):
-            assert_close(name, parameter.diag_ggn_mc, expected.diag(name), 0.3)
+            assert_close(name, parameter.diag_ggn_mc, expected.diag(name), 0.5)
 
 
 @pytest.mark.parametrize(

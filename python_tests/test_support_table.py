@@ -9,13 +9,33 @@ from pathlib import Path
 import operators_on_harness
 import pytest
 import torch
+from curvature_oracle import curvature, hessian_diagonals, square_root
+from curvature_tools import assert_exact_ggn, assert_factors, assert_nothing_saved, expected_factors
 from harness_tools import needs_harness
 from helpers import assert_close
+from model_cases import Scale
 from oracle import model_statistics
 from torch import nn
 
+import backpack_cuda
 from backpack_cuda import backpack, extend
-from backpack_cuda.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from backpack_cuda.curvature.losses import is_loss
+from backpack_cuda.extensions import (
+    KFAC,
+    KFLR,
+    BatchDiagGGNExact,
+    BatchDiagGGNMC,
+    BatchDiagHessian,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagGGNMC,
+    DiagHessian,
+    SqrtGGNExact,
+    SqrtGGNMC,
+    SumGradSquared,
+    Variance,
+)
 from backpack_cuda.ops import composite
 
 README = Path(__file__).parents[1] / "README.md"
@@ -40,6 +60,19 @@ QUANTITIES = {
     BatchL2Grad: lambda stats: stats.batch_l2,
     SumGradSquared: lambda stats: stats.sum_grad_squared,
     Variance: lambda stats: stats.variance,
+}
+
+# Columns of the second-order table: those that share code; of the sampled ones the exact one is run.
+SECOND_ORDER = {
+    "`DiagGGNExact/MC`, `BatchDiagGGNExact/MC`": [DiagGGNExact, BatchDiagGGNExact, DiagGGNMC, BatchDiagGGNMC],
+    "`SqrtGGNExact/MC`": [SqrtGGNExact, SqrtGGNMC],
+    "`KFLR`, `KFAC`": [KFLR, KFAC],
+    "`DiagHessian`, `BatchDiagHessian`": [DiagHessian, BatchDiagHessian],
+}
+SECOND_ORDER_LAYERS = {
+    **{name: layer for name, layer in LAYERS.items() if not name.startswith("any")},
+    "vectors of any other module that treats samples independently": (lambda: nn.LayerNorm(4), (6, 3, 4)),
+    "larger parameters of such modules": (lambda: nn.LayerNorm([3, 4]), (6, 3, 4)),
 }
 
 
@@ -98,15 +131,108 @@ def on_cuda(make_module, shape, monkeypatch) -> str:
     return "kernel; not measured"
 
 
+def second_order_case(make_module, shape, before: bool):
+    """(float64 model, inputs, targets): the layer by itself, or with parameters and a nonlinearity before it."""
+    torch.manual_seed(0)
+    module = make_module().double()
+    model = nn.Sequential(Scale(shape[-1]).double(), nn.Tanh(), module) if before else module
+    inputs = torch.randn(2, *shape[1:], dtype=torch.float64)
+    with torch.no_grad():
+        return model, inputs, torch.randn_like(model(inputs))
+
+
+def run_and_compare(model, inputs, targets, extensions, device, tolerance=1e-9, dtype=torch.float64) -> None:
+    """One backward pass of a layer, compared with the oracle. Raises what the product raises."""
+    extensions = [make() for make in extensions if "MC" not in make.__name__ and make is not KFAC]
+    fields = {ext.savefield for ext in extensions}
+
+    def loss(outputs):
+        return nn.functional.mse_loss(outputs, targets)
+
+    expected = curvature(model, loss, inputs)
+    diagonals = hessian_diagonals(model, loss, inputs) if "diag_h" in fields else {}
+    # A parameter of the whole block: everything but weights of Linear layers and convolutions.
+    factors = expected_factors(model, inputs, square_root(expected.hessian), "backpack") if "kflr" in fields else {}
+    for name, parameter in model.named_parameters():
+        if "kflr" in fields and name not in factors and parameter.dim() < 2:
+            factors[name] = [expected.blocks(name).sum(0)]
+    extended, extended_loss = extend(model.to(device, dtype)), extend(nn.MSELoss())
+    value = extended_loss(extended(inputs.to(device, dtype)), targets.to(device, dtype))
+    with backpack(*extensions):
+        value.backward()
+    assert_exact_ggn(model, expected, tolerance, fields)
+    for name, rows in diagonals.items():
+        size = rows.abs().max().item()
+        parameter = model.get_parameter(name)
+        assert_close(name, parameter.diag_h, rows.sum(0), tolerance, len(rows) * size)
+        assert_close(name, parameter.diag_h_batch, rows, tolerance, size)
+    assert_factors(model, "kflr", factors, tolerance)
+
+
+def second_order_cell(make_module, shape, extensions, device, monkeypatch) -> str:
+    """Runs one group of quantities on one layer, alone and behind another; what the table says about it."""
+    used, works = [], []
+    for name in ("linear_columns", "conv_columns", "bias_columns", "linear_kron_factor", "conv_kron_factor"):
+        original = getattr(composite, name)
+        monkeypatch.setattr(composite, name, lambda *a, original=original: (used.append("torch"), original(*a))[1])
+    for before in (False, True):
+        model, inputs, targets = second_order_case(make_module, shape, before)
+        try:
+            if any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
+                refused(model, inputs, targets, extensions, device)
+            run_and_compare(model, inputs, targets, extensions, device)
+        except NotImplementedError:
+            assert_nothing_saved(model)
+        else:
+            works.append(before)
+    if not works:
+        return "error"
+    text = "kernel" if isinstance(model[-1], nn.Linear | nn.modules.conv._ConvNd) and not used else "torch"
+    return text if True in works else f"{text}; error for parameters before it"
+
+
+def refused(model, inputs, targets, extensions, device) -> None:
+    """Runs a model that the oracle, which takes samples one by one, cannot compare with."""
+    value = extend(nn.MSELoss())(extend(model.to(device))(inputs.to(device)), targets.to(device))
+    with backpack(extensions[0]()):
+        value.backward()
+    raise AssertionError(f"{model} was not refused")
+
+
+def second_order_on_cuda(make_module, shape, monkeypatch) -> str:
+    """Runs the exact quantities through the CUDA operators on the harness; what the table says about CUDA."""
+    model, inputs, targets = second_order_case(make_module, shape, before=False)
+    if not isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
+        return "torch; not measured"
+    called = []
+    with monkeypatch.context() as patch:
+        operators_on_harness.swap_in(patch.setattr, called.append)
+        extensions = [DiagGGNExact, BatchDiagGGNExact, SqrtGGNExact, KFLR]
+        run_and_compare(model, inputs, targets, extensions, torch.device("cpu"), 1e-5, torch.float32)
+    assert any(name.endswith("column_stats") for name in called)
+    factors = "" if any(name.endswith("kron_factor") for name in called) else ", factors by torch"
+    return f"kernel{factors}; not measured"
+
+
+def markdown(rows: list[list[str]]) -> str:
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def table(device, monkeypatch) -> str:
-    """The table in Markdown."""
-    head = ["layer", *(f"`{extension.__name__}`" for extension in QUANTITIES), "on CUDA"]
-    rows = [head, ["---"] * len(head)]
+    """Both tables and the losses in Markdown."""
+    simulated = device.type == "cpu"  # on a GPU the tests of the layers run the kernels themselves
+    rows = [["layer", *(f"`{extension.__name__}`" for extension in QUANTITIES), "on CUDA"]]
     for name, (make_module, shape) in LAYERS.items():
         cells = [cell(make_module, shape, q(), expected, device, monkeypatch) for q, expected in QUANTITIES.items()]
-        simulated = device.type == "cpu"  # on a GPU the tests of the layers run the kernels themselves
         rows.append([name, *cells, on_cuda(make_module, shape, monkeypatch) if simulated else ""])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    second = [["layer", *SECOND_ORDER, "on CUDA"]]
+    for name, (make_module, shape) in SECOND_ORDER_LAYERS.items():
+        cells = [second_order_cell(make_module, shape, e, device, monkeypatch) for e in SECOND_ORDER.values()]
+        second.append([name, *cells, second_order_on_cuda(make_module, shape, monkeypatch) if simulated else ""])
+    losses = [name for name in sorted(vars(nn)) if name.endswith("Loss") and is_loss(object.__new__(getattr(nn, name)))]
+    sentence = f"Losses of the second order: {', '.join(f'`{name}`' for name in losses)}, and those of `register_loss`."
+    return "\n\n".join([markdown(rows), markdown(second), sentence])
 
 
 @needs_harness
@@ -120,8 +246,6 @@ def test_readme_table_is_what_runs(request, device, monkeypatch):
         assert current.strip() == text, "README.md's table is out of date: run this test with --update-readme"
 
 
-@pytest.mark.parametrize("extension", QUANTITIES)
+@pytest.mark.parametrize("extension", [*QUANTITIES, *(e for group in SECOND_ORDER.values() for e in group)])
 def test_quantities_of_the_table_are_exported(extension):
-    import backpack_cuda
-
     assert getattr(backpack_cuda.extensions, extension.__name__) is extension
