@@ -876,3 +876,35 @@ def test_batch_grad_next_to_a_sweep_keeps_its_own_batch(device):
     expected = PLAIN.expected(*PLAIN.data())
     for name, parameter in model.named_parameters():
         assert_close(name, parameter.grad_batch, expected[name].batch_grad[1:2], 1e-9)
+
+
+@pytest.mark.parametrize("budget", [1, None])
+def test_retained_gradient_of_the_prediction(budget):
+    """`prediction.retain_grad()` holds the gradient, not the sum of it and the columns."""
+    torch.manual_seed(0)
+    model, loss_function = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), extend(nn.MSELoss())
+    x, y = torch.randn(3, 4), torch.randn(3, 2)
+    prediction = model(x)
+    prediction.retain_grad()
+    with backpack(DiagGGNExact(), memory_budget=budget):
+        loss_function(prediction, y).backward()
+    assert torch.equal(prediction.grad, (prediction.detach() - y) / 3)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])
+def test_batch_normalisation_of_positions_in_train_mode(shape):
+    """Also of a flattened batch: the samples are mixed all the same."""
+
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return self.last(self.norm(hidden.flatten(0, -2)).view_as(hidden))
+
+    model, loss_function = extend(Flat()), extend(nn.MSELoss())
+    with pytest.raises(NotImplementedError, match="train mode"), backpack(DiagGGNExact()):
+        loss_function(model(torch.randn(shape)), torch.zeros(*shape[:-1], 2)).backward()
+    assert not any(hasattr(p, "diag_ggn_exact") for p in model.parameters())

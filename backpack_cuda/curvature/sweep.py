@@ -165,12 +165,15 @@ class Sweep:
         """The layers' backward passes inside form no weight gradients and no quantities."""
         for layer in self.layers:
             layer.node.sweeping = True
+        retained = self.prediction.grad if self.prediction.retains_grad else None
         try:
             with sweeping():
                 yield
         finally:
             for layer in self.layers:
                 layer.node.sweeping = False
+            if self.prediction.retains_grad:  # without the columns
+                self.prediction.grad = retained
 
     def _push(self, source: Source, extensions: Sequence[SecondOrderExtension], reaches_all: bool = False) -> None:
         """What one source contributes; `reaches_all`: zeros to the layers that do not depend on it."""
@@ -212,7 +215,7 @@ class Sweep:
             )
             return [None if grad is None else grad[None] for grad in found]
         if not create_graph:
-            with contextlib.suppress(RuntimeError), warnings.catch_warnings():  # an operation without batching rule
+            with contextlib.suppress(Exception), warnings.catch_warnings():  # an operation without batching rule
                 warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
                 return self._pull_back_batched(source, edges, columns)
         found = [
@@ -404,7 +407,7 @@ def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtensi
     """No batch normalisation may take its statistics from the batch; instance normalisation is one of [1, N * C, *]."""
     for node in nodes:
         training = getattr(node, "_saved_training", getattr(node, "_saved_train", True))
-        if training and batch_size > 1 and node._input_metadata[0].shape[0] == batch_size:
+        if training and batch_size > 1 and node._input_metadata[0].shape[0] != 1:
             raise NotImplementedError(
                 f"{extensions[0]}: a batch normalisation in train mode mixes the samples of its batch, so that the "
                 "curvature is no sum over samples; call eval() on it"

@@ -104,7 +104,7 @@ class KFAC(KroneckerExtension):
     Args:
         mc_samples: the number of sampled columns.
         fisher: "mc" for targets that are drawn from the model's distribution (Martens & Grosse 2015), "empirical" for
-            the ordinary gradients, of the same backward pass.
+            the ordinary gradients, of the same backward pass. A sample of weight w enters with w^2 then, not with w.
         convention: "backpack", "expand" or "reduce", for layers that apply their weight several times per sample.
         fail_mode: what happens at a parameter without known factors (that of an Embedding): "ERROR", "WARNING" or
             "SILENT"; in the latter two it gets no attribute.
