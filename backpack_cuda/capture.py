@@ -18,7 +18,7 @@ from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
 from backpack_cuda.autocast import autocast_enabled, without_autocast
-from backpack_cuda.context import CTX, disable
+from backpack_cuda.context import CTX, disable, is_batching
 from backpack_cuda.extensions.first_order import FirstOrderExtension
 from backpack_cuda.extensions.kronecker import KFAC
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -33,14 +33,15 @@ def capturing(*inputs) -> bool:
     """Whether a forward pass on `inputs` must prepare for quantities, rather than run torch's own layer untouched.
 
     Not without a graph, not inside `disable()`, not under tracers and function transforms, which take the layers apart
-    themselves, and not for inputs that quantities are not defined for (complex, nested or sparse ones).
+    themselves (a sweep's own transform is not meant), and not for inputs that quantities are not defined for (complex,
+    nested or sparse ones).
     """
     return (
         torch.is_grad_enabled()
         and all(map(_has_quantities, inputs))
         and disable.should_store_io()
         and not torch.compiler.is_compiling()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and (torch._C._functorch.peek_interpreter_stack() is None or is_batching())
         and torch.autograd.forward_ad._current_level < 0
         and not torch.jit.is_tracing()
     )

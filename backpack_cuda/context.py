@@ -85,6 +85,24 @@ def is_sweeping() -> bool:
     return getattr(_local, "sweeping", False)
 
 
+@contextlib.contextmanager
+def batching() -> Iterator[None]:
+    """Marks that this thread pushes columns through a graph under a function transform.
+
+    Forward passes inside it can only be checkpointed segments that run again, and must save what they saved before.
+    """
+    _local.batching = True
+    try:
+        yield
+    finally:
+        _local.batching = False
+
+
+def is_batching() -> bool:
+    """Whether this thread pushes columns through a graph under a function transform."""
+    return getattr(_local, "batching", False)
+
+
 class disable:
     """Forward passes inside this context prepare for no quantity; they cost what torch's own layers cost."""
 

@@ -241,7 +241,7 @@ MIXING = {
 
 
 def of_positions(function: Callable) -> nn.Module:
-    return nn.Sequential(nn.Linear(2, 2), Apply(function), nn.Flatten())
+    return nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2), Apply(function), nn.Flatten())
 
 
 @named("function", APART)
@@ -355,6 +355,46 @@ def test_public_interface(forward):
     expected = dense_diagonal(model, lambda f: F.cross_entropy(f, y), x)
     for actual, e in zip(hessian_diagonals(model, x, y), expected, strict=True):
         assert_close("diagonal", actual, e, 1e-10)
+
+
+LAYERS = {  # a layer and the size of a sample
+    "linear": (nn.Linear(3, 2), (3,)),
+    "linear at positions": (nn.Linear(3, 2), (2, 2, 3)),
+    "bias only": (nn.Linear(3, 2), (2, 3)),
+    "weight only": (nn.Linear(3, 2), (2, 3)),
+    "conv1d": (nn.Conv1d(2, 2, 2, stride=2, padding=1), (2, 5)),
+    "conv2d": (nn.Conv2d(2, 4, (2, 3), dilation=(1, 2), padding=(1, 2), groups=2), (2, 3, 4)),
+    "circular": (nn.Conv2d(1, 2, 3, padding=1, padding_mode="circular"), (1, 3, 2)),
+    "same": (nn.Conv2d(1, 2, 3, padding="same"), (1, 3, 2)),
+    "depthwise": (nn.Conv2d(2, 2, 2, groups=2), (2, 3, 3)),
+    "conv3d": (nn.Conv3d(1, 2, (1, 2, 2), padding=(1, 0, 0)), (1, 2, 3, 2)),
+    "transposed1d": (nn.ConvTranspose1d(2, 2, 3, stride=2, padding=1, output_padding=1), (2, 3)),
+    "transposed2d": (nn.ConvTranspose2d(2, 4, 2, dilation=2, groups=2), (2, 2, 3)),
+    "transposed3d": (nn.ConvTranspose3d(1, 1, (2, 1, 2), stride=(1, 2, 1)), (1, 2, 1, 2)),
+    "batch norm": (nn.BatchNorm1d(2).eval(), (2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_function_at_a_layer_output(name):
+    """Without columns, and beside a layer further down; also sample by sample."""
+    layer, size = copy.deepcopy(LAYERS[name])
+    layer.weight.requires_grad_(name != "bias only")
+    layer.bias.requires_grad_(name != "weight only")
+    for below in (nn.Identity(), nn.Linear(size[-1], size[-1])):
+        model = nn.Sequential(below, layer, nn.Sigmoid(), nn.Flatten()).double()
+        x = torch.randn(2, *size, dtype=torch.float64)
+        y = torch.randn(model(x).shape, dtype=torch.float64)
+        extended, loss = bp.extend(copy.deepcopy(model)), bp.extend(nn.MSELoss(reduction="sum"))
+        with bp.backpack(DiagHessian(), BatchDiagHessian()):
+            loss(extended(x), y).backward()
+        trained = [p for p in extended.parameters() if p.requires_grad]
+        for n in range(2):
+            expected = dense_diagonal(model, lambda f, y=y[n : n + 1]: (f - y).square().sum(), x[n : n + 1])
+            for parameter, e in zip(trained, expected, strict=True):
+                assert_close("sample", parameter.diag_h_batch[n], e, 1e-10)
+        for parameter in trained:
+            assert_close("sum", parameter.diag_h, parameter.diag_h_batch.sum(0), 1e-12)
 
 
 def test_two_losses():

@@ -43,7 +43,9 @@ class ResidualSource(NamedTuple):
     """The curvature that one elementwise function adds to the Hessian, at its input x."""
 
     edge: GradientEdge  # of x, where the columns start
-    root: SquareRoot  # of diag(phi''(x) dl/dy): columns one-hot in a feature of x, the curvature itself as signs
+    curvature: Tensor  # [*x], phi''(x) dl/dy
+    root: SquareRoot  # of its diagonal matrix: columns one-hot in a feature of x, the curvature itself as signs
+    deeper: bool  # whether x depends on more than the layer whose output it is, or is none
     name: str  # of the function, for messages
 
 
@@ -76,6 +78,7 @@ class _Source(NamedTuple):
 
     node: Node
     operand: int
+    dependence: int
     second_derivative: Callable[[Saved], Tensor]
 
 
@@ -91,11 +94,14 @@ class _Walk:
         self._names: list[str] = []  # of the parameters
         self._own: dict[Node, int] = {}  # layer -> its parameters
         self._leaves: dict[Node, int] = {}  # where a parameter enters the graph -> its bit
+        self._repeated = 0  # parameters of several layers
         bits: dict[int, int] = {}  # id of a parameter -> its bit
         for node, parameters in layers.items():
             self._own[node] = 0
             for name, parameter in parameters.items():
-                if id(parameter) not in bits:
+                if id(parameter) in bits:
+                    self._repeated |= bits[id(parameter)]
+                else:
                     bits[id(parameter)] = self._leaves[_get_grad_fn_or_grad_acc(parameter)] = 1 << len(bits)
                     self._names.append(f"{_module_name(node)}.{name}")
                 self._own[node] |= bits[id(parameter)]
@@ -176,7 +182,7 @@ class _Walk:
             )
         if operand_metadata(node, operand).dtype.is_complex:
             raise _unknown(node)
-        self.sources.append(_Source(node, operand, second_derivative))
+        self.sources.append(_Source(node, operand, dependence, second_derivative))
 
     def _check_apart(self, node: Node, operands: Sequence[int]) -> None:
         """Raises if operands that are multiplied with each other depend on the same parameter."""
@@ -197,6 +203,11 @@ class _Walk:
         raise NotImplementedError(
             f"no Hessian diagonal: {_readable(node)} multiplies two tensors that both depend on {names}. {_ADVICE}"
         )
+
+    def is_deeper(self, source: _Source) -> bool:
+        """Whether a source depends on more than the layer whose output it is at, or is at none."""
+        layer, _ = source.node.next_functions[source.operand]
+        return bool(source.dependence & ~((self._own.get(layer, 0) & ~self._repeated) << self._count))
 
     def _named(self, parameters: int) -> str:
         """The first names of a set of parameters."""
@@ -262,10 +273,11 @@ def residual_sources(
         return []
     names = [_readable(source.node) for source in walk.sources]
     edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
-    # The prediction too, where the loss' columns start: beside the sources' columns the check costs nothing.
-    places = [f"the input of {name}" for name in names] + ["the prediction"]
-    starts = [*edges, GradientEdge(prediction.grad_fn, prediction.output_nr)]
-    check_samples_apart(list(zip(places, starts, strict=True)), layers, batch_size)
+    deeper = [walk.is_deeper(source) for source in walk.sources]
+    starts = [(f"the input of {names[i]}", edges[i]) for i, is_deeper in enumerate(deeper) if is_deeper]
+    if starts:  # the prediction too, where the loss' columns start: beside the sources' columns the check costs nothing
+        starts.append(("the prediction", GradientEdge(prediction.grad_fn, prediction.output_nr)))
+    check_samples_apart(starts, layers, batch_size)
     grad_outputs = torch.autograd.grad(  # dl/dy
         prediction,
         [GradientEdge(source.node, 0) for source in walk.sources],
@@ -275,11 +287,13 @@ def residual_sources(
         allow_unused=True,
     )
     result = []
-    for second_derivative, name, edge, grad_output in zip(curvatures, names, edges, grad_outputs, strict=True):
+    for i, grad_output in enumerate(grad_outputs):
         if grad_output is not None:
-            curvature = second_derivative * grad_output.to(statistics_dtype(grad_output.dtype))
-            x = edge.node._input_metadata[edge.output_nr]
-            result.append(ResidualSource(edge, _one_hot(curvature.sum_to_size(x.shape), x.dtype, batch_size), name))
+            x = operand_metadata(walk.sources[i].node, walk.sources[i].operand)
+            curvature = curvatures[i] * grad_output.to(statistics_dtype(grad_output.dtype))
+            curvature = curvature.sum_to_size(x.shape)
+            root = _one_hot(curvature, x.dtype, batch_size)
+            result.append(ResidualSource(edges[i], curvature, root, deeper[i], names[i]))
     return result
 
 

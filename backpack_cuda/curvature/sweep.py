@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
-from backpack_cuda.context import CTX, sweeping
+from backpack_cuda.context import CTX, batching, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
@@ -29,7 +29,7 @@ from backpack_cuda.per_sample import (
     NoPerSampleGradients,
     merge_columns,
 )
-from backpack_cuda.stats import ColumnStats
+from backpack_cuda.stats import ColumnStats, ColumnWant, Want
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_BUDGET = 1 << 30
@@ -116,7 +116,12 @@ class Sweep:
                     root = self._of_samples(hessian.exact if every else hessian.reduced)
                 else:
                     root = hessian.sampled(mc_samples)
-                self._push(Source(self.prediction, _scaled(root, factor), _bytes(self.prediction)), extensions, True)
+                self._push(
+                    Source(self.prediction, _scaled(root, factor), _bytes(self.prediction)),
+                    extensions,
+                    self.layers,
+                    True,
+                )
                 with_residuals = [ext for ext in extensions if ext.root.with_residuals]
                 if with_residuals:
                     self._push_residuals(grad_prediction(), with_residuals)
@@ -154,9 +159,42 @@ class Sweep:
 
     def _push_residuals(self, grad_prediction: Tensor, extensions: Sequence[SecondOrderExtension]) -> None:
         for source in residual_sources(self.prediction, grad_prediction, self._nodes(), self.batch_size):
-            metadata = source.edge.node._input_metadata[source.edge.output_nr]
-            column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
-            self._push(Source(source.edge, source.root, column_bytes), extensions)
+            layer = self._with_output_at(source.edge)
+            if layer is not None:
+                self._add_at_output(layer, source.curvature, extensions)
+            if layer is None or source.deeper:
+                metadata = source.edge.node._input_metadata[source.edge.output_nr]
+                column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
+                layers = [other for other in self.layers if other is not layer]
+                self._push(Source(source.edge, source.root, column_bytes), extensions, layers)
+
+    def _with_output_at(self, edge: GradientEdge) -> LayerCall | None:
+        """The layer whose output an edge stands for, if its parameters are used nowhere else."""
+        for layer in self.layers:
+            if layer.node is edge.node and isinstance(edge.node, _LAYER_NODE):
+                once = all(len(self.uses[id(parameter)]) == 1 for parameter in layer.parameters.values())
+                return layer if once else None
+        return None
+
+    def _add_at_output(self, layer: LayerCall, curvature: Tensor, extensions: Sequence[SecondOrderExtension]) -> None:
+        """What diagonal curvature at a layer's output, of its size, contributes to the diagonals of its parameters.
+
+        A weight's entry acts on an output entry through at most one entry of the input, so that the sum over one-hot
+        columns of G_vn^2 is the gradient that belongs to the squared input.
+        """
+        input, _ = self.saved[id(layer)]
+        squared = None if input is None else input.to(curvature.dtype).square()
+        use = layer.node.operation.use(squared, curvature)
+        self._check(use, layer, extensions)
+        want = Want.GRAD
+        if any(ext.want & ColumnWant.BATCH_DIAG for ext in extensions):
+            want |= Want.BATCH_GRAD
+        stats = use.stats(dict.fromkeys(layer.parameters, want))
+        for name, parameter in layer.parameters.items():
+            own = ColumnStats(batch_diag=stats[name].batch_grad, diag=stats[name].grad)
+            for ext in extensions:
+                key = (id(parameter), id(ext))
+                self.state.curvature[key] = ext.update(self.state.curvature.get(key), own, 0, 1)
 
     # ---- pushing ----
 
@@ -175,16 +213,22 @@ class Sweep:
             if self.prediction.retains_grad:  # without the columns
                 self.prediction.grad = retained
 
-    def _push(self, source: Source, extensions: Sequence[SecondOrderExtension], reaches_all: bool = False) -> None:
-        """What one source contributes; `reaches_all`: zeros to the layers that do not depend on it."""
+    def _push(
+        self,
+        source: Source,
+        extensions: Sequence[SecondOrderExtension],
+        layers: Sequence[LayerCall],
+        reaches_all: bool = False,
+    ) -> None:
+        """What one source contributes to `layers`; `reaches_all`: zeros to those that do not depend on it."""
         total = source.root.count
         step = self._step(source)
-        edges = [edge for layer in self.layers for edge in layer.edges]
+        edges = [edge for layer in layers for edge in layer.edges]
         for begin in range(0, total, step):
             columns, signs = source.root.form(begin, min(begin + step, total))
             found = iter(self._pull_back(source.edge, edges, columns))
             uses = {}
-            for layer in self.layers:
+            for layer in layers:
                 grads = [next(found) for _ in layer.edges]
                 if reaches_all or any(grad is not None for grad in grads):
                     uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
@@ -235,7 +279,8 @@ class Sweep:
             reached[:] = [grad is not None for grad in found]
             return [grad for grad in found if grad is not None]
 
-        found = iter(torch.func.vmap(pull_back)(columns))
+        with batching():
+            found = iter(torch.func.vmap(pull_back)(columns))
         return [next(found) if is_reached else None for is_reached in reached]
 
     # ---- collecting ----
