@@ -251,6 +251,7 @@ def cases(precision, size):
     if size != "full":
         yield linear(37, 72, homogeneous=True, decay=0.5)
         yield linear(150, 24, options={"splits": 2}, homogeneous=True)
+        yield linear(700, 35, layout=LAST_ODD, options={"splits": 21}, homogeneous=True)
         yield linear(90, 69, layout=LAST_ODD, decay=0.75)
         yield Case(2, 16, (1, 6, 7), **square, options={"way": LAGS}, homogeneous=True)
         yield Case(2, 5, (1, 6, 5), **square, layout=FIRST, options={"way": LAGS, "splits": 2}, decay=0.5)
@@ -296,6 +297,8 @@ def cases(precision, size):
         yield Case(2, 70, (1, 4, 3), **square, layout=FIRST, options={"tile": tile, "way": LAGS}, homogeneous=True)
         yield linear(70, 200, options={"tile": tile, "splits": 1}, homogeneous=True, expect={"final": 1})
         yield linear(70, 200, options={"tile": tile, "splits": 3}, homogeneous=True, decay=0.5, layout=FIRST)
+    for splits in (9, 20, 40, 300):  # ways of adding them
+        yield linear(5000, 33, layout=FIRST_ODD, options={"splits": splits}, homogeneous=True, decay=0.5)
     # Samples whose positions are copied whole, and samples where they are not.
     for T in (8, 24, 12, 10):
         for C in (3, 66):

@@ -180,7 +180,7 @@ def outside_at_store(*patches):
 SLAB_BARRIER = "__syncthreads();  // this slab has landed for all, and all have left the last one, refilled now"
 SWAP = "if (k[0] > k[1]) {  // this lag's transpose is there"
 PAST_THE_END = "if (j >= job_.columns || channel >= job_.total_channels) column.at[1] = kKronNowhere;"
-MIRROR = "if (i < j && j < size) out[j * size + i] = tile[lane][r];"
+MIRROR = "if (i < j && j < size) out[j * size + i] = sums[r * job.ways][c];"
 SECOND_HALF = "if (threadIdx.x >= kEdge) *half_sum += row_sum;"
 RESIDUE = "return (corner(k) % step + step) % step;"
 WHOLE = "return divides(elements, extent) && divides(16,"
@@ -234,12 +234,18 @@ FAULTS = {
         wrong(("cuda/contract/fragments.cuh", "mma_tf32(product[m], b_hi[m], a_lo);", "")),
     ),
     "half of the homogeneous column": ("tf32", "channels", wrong((KERNEL, SECOND_HALF, ""))),
-    "a split left out": ("tf32", "channels", wrong((FINISH, "int s = 0; s < splits", "int s = 1; s < splits"))),
+    "a split left out": ("tf32", "channels", wrong((FINISH, "int s = way; s < splits", "int s = way + 1; s < splits"))),
     "all splits write the same part": (
         "bfloat16",
         "channels",
         race((KERNEL, "shared.item = item;", "shared.item = item * 0;")),
     ),
+    "a way of adding splits is left out": (
+        "tf32",
+        "elements",
+        wrong((FINISH, "int way = 1; way < job.ways", "int way = 2; way < job.ways")),
+    ),
+    "no barrier before ways are added": ("tf32", "elements", race((FINISH, "__syncthreads();  // the sums", ""))),
     # lags
     "both operands at the same place": (
         "tf32",

@@ -121,9 +121,9 @@ class KronLoader {
     }
   }
 
-  // The rows of one slab.
+  // The rows of one slab, by a warp that the slabs take in turn.
   __device__ __forceinline__ void prepare(int stage, int slab) const {
-    const unsigned thread = threadIdx.x;
+    const unsigned thread = threadIdx.x - 32u * (slab % Traits::kWarps);
     if (thread >= Traits::kRows || slab >= shared_.slab_count) return;
     unsigned count[3];
 #pragma unroll

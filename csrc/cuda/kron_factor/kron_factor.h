@@ -79,6 +79,7 @@ struct KronPlan {
   ContractTile tile;
   bool lags;
   bool final;           // the kernel writes `out` itself; else partial tiles, which a second kernel adds
+  int ways;             // threads that add the splits of an entry in that: a power of two up to 32
   int groups_per_tile;  // small groups side by side, as one: what they have in common is left out at the end
   int groups, columns;  // of the products, after that
   bool whole_copies;    // kPositions: copies of 16 bytes, where a Linear layer or a 1x1 kernel allows them

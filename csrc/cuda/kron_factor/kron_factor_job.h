@@ -25,6 +25,7 @@ struct KronJob {
   KronAxis axes[3];
   int edge;        // of the tiles
   float* partial;  // [items, edge, edge + 1]: tiles, each with a column of its rows' sums; or null
+  int ways;        // in which the second pass shares the splits of an entry out: a power of two up to 32
   // The layer's factors.
   float* out;  // [layer_groups, D', D']
   int layer_groups, groups_per_tile;

@@ -41,6 +41,7 @@ void launch_kron_factor(const KronProblem& p, const KronPlan& plan, void* worksp
   std::copy(std::begin(plan.axes), std::end(plan.axes), job.axes);
   job.edge = plan.tile == ContractTile::k64 ? 64 : 128;
   job.partial = plan.final ? nullptr : static_cast<float*>(workspace);
+  job.ways = plan.ways;
   job.out = p.out;
   job.layer_groups = p.groups;
   job.groups_per_tile = plan.groups_per_tile;

@@ -244,6 +244,7 @@ Candidate make_plan(const KronProblem& p, bool lags, const KronAxis (&axes)[kDim
     if (items > INT32_MAX) throw std::invalid_argument("kron_factor: too many tiles");
   });
   plan.first_item[plan.products] = static_cast<int>(items);
+  plan.ways = std::min(32, power_of_two_from(ceil_div(most_splits, 8)));
   plan.final = !lags && most_splits == 1 && plan.groups_per_tile == 1;
   plan.workspace_bytes = plan.final ? 0 : items * edge * (edge + 1) * 4;
 
@@ -260,7 +261,7 @@ Candidate make_plan(const KronProblem& p, bool lags, const KronAxis (&axes)[kDim
 
 KronPlan no_products() {
   KronPlan plan{};
-  plan.groups_per_tile = plan.groups = 1;
+  plan.groups_per_tile = plan.groups = plan.ways = 1;
   return plan;
 }
 
