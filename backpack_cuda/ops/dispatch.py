@@ -120,6 +120,8 @@ def _running_average(shape: tuple[int, ...], x: Tensor, out: Tensor | None) -> t
     """Where to put a Kronecker factor: the result, and a contiguous tensor for the kernel to write."""
     if out is None:
         out = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+    else:
+        torch.autograd.graph.increment_version(out)  # autograd does not see the kernel write
     return out, out.contiguous()
 
 

@@ -325,7 +325,7 @@ class KronFactor {
             std::min(before_[d] + slab_[d] + after_[d], std::max<int64_t>(plan_.extent(d).length(), 1));
       return positions;
     };
-    position_size_ = plan_.group_blocks * plan_.panels * plan_.pitch();
+    position_size_ = std::max<int64_t>(plan_.group_blocks * plan_.panels * plan_.pitch(), 1);
     for (int d = 0; box_positions() * position_size_ * int64_t(sizeof(Acc)) > limit;) {
       while (d < 3 && slab_[d] == 1) ++d;
       if (d == 3) break;
