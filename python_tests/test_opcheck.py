@@ -38,6 +38,14 @@ def examples(device: torch.device) -> dict[str, list[tuple]]:
     result["bias_grad_stats"] = [(grad_output, dim, want) for dim in (1, 2, -1) for want in (ALL_FIELDS, 5)]
     result["bias_column_stats"] = [(grad_output, None, 2, 7), (grad_output, grad_output[..., 0], -1, 4)]
     rows = torch.randn(6, 4, device=device)
+    out = torch.zeros(5, 5, device=device)
+    result["linear_kron_factor"] = [
+        (out, rows, 0.5, 0.9, True),
+        (out[:4, :4].contiguous(), rows.half(), 1.0, 0.0, False),
+    ]
+    image, geometry = torch.randn(2, 4, 5, device=device), ([2], [1], [-1], [2], [3], 2)
+    out = torch.zeros(2, 5, 5, device=device)
+    result["conv_kron_factor"] = [(out, image, *geometry, 0.5, 0.9, True)]
     result["outer_norm"] = [(rows, rows[:, :3]), (rows.double(), rows.double().expand(6, 4)), (rows[:0], rows[:0])]
     return result
 
@@ -62,7 +70,10 @@ def test_fake_results_look_like_real_ones(name, device):
         real = operator(*arguments)
         with FakeTensorMode() as mode:
             fake = operator(*[mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments])
-        pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
+        if isinstance(real, torch.Tensor):
+            pairs = [(real, fake)]
+        else:  # nothing is returned where an argument is written to
+            pairs = list(zip(real or (), fake or (), strict=True))
         for expected, actual in pairs:
             assert actual.shape == expected.shape
             assert actual.dtype == expected.dtype
