@@ -74,7 +74,10 @@ class LayerOperation(Protocol):
         """torch's gradients of (input, weight, bias), None where `needs` is False."""
 
     def use(self, input: Tensor, grad_output: Tensor) -> Use:
-        """The per-sample gradients of weight and bias."""
+        """The per-sample gradients of weight and bias.
+
+        An entry of the weight acts on an entry of the output through one entry of the input, or none.
+        """
 
     def columns(self, input: Tensor, columns: Tensor) -> ColumnUse:
         """The same for V output gradients of every sample, columns [V, *grad_output]."""

@@ -342,23 +342,22 @@ def _mixed(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
 def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int) -> bool:
     """Whether, from `edges` back to the layers' outputs, any sample leaves something for another one."""
     outputs = [GradientEdge(node, i) for node in layers for i in range(len(node._input_metadata))]
-    draw = torch.Generator().manual_seed(0)
-    halves = [
-        torch.arange(batch_size) >> bit & 1 == side for bit in range((batch_size - 1).bit_length()) for side in (0, 1)
-    ]
+    signs = []  # [N, D] of each edge
+    for edge in edges:
+        x = edge.node._input_metadata[edge.output_nr]
+        drawn = torch.empty(batch_size, prod(x.shape) // batch_size, dtype=x.dtype, device=x.device)
+        signs.append(drawn.bernoulli_(generator=torch.Generator(x.device).manual_seed(0)).mul_(2).sub_(1))
+    sizes = [edge.node._input_metadata[edge.output_nr].shape for edge in edges]
+    digits = range((batch_size - 1).bit_length())
     leaks = []
-    for chosen in halves:  # [N]
-        columns = []
-        for edge in edges:
-            x = edge.node._input_metadata[edge.output_nr]
-            signs = torch.randint(2, (batch_size, prod(x.shape) // batch_size), generator=draw) * 2 - 1  # [N, D]
-            columns.append((signs * chosen[:, None]).to(x.device, x.dtype).view(x.shape))
+    for half in [torch.arange(batch_size) >> digit & 1 == side for digit in digits for side in (0, 1)]:  # [N]
+        columns = [(s * half[:, None].to(s.device)).view(size) for s, size in zip(signs, sizes, strict=True)]
         gradients = torch.autograd.grad(edges, outputs, columns, retain_graph=True, allow_unused=True)
-        for node, gradient in zip([edge.node for edge in outputs], gradients, strict=True):
+        for edge, gradient in zip(outputs, gradients, strict=True):
             if gradient is None:
                 continue
             if not gradient.dim() or gradient.shape[0] % batch_size:
-                raise _mixed(f"the output of {_module_name(node)}", gradient.shape, batch_size)
+                raise _mixed(f"the output of {_module_name(edge.node)}", gradient.shape, batch_size)
             found = gradient.reshape(batch_size, -1)
-            leaks.append(((found != 0) & ~found.isnan() & ~chosen[:, None].to(found.device)).any())
+            leaks.append(((found != 0) & ~found.isnan() & ~half[:, None].to(found.device)).any())
     return bool(torch.stack(leaks).any()) if leaks else False
