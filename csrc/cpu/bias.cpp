@@ -39,8 +39,13 @@ PositionSums<Acc>::PositionSums(const Tensor& tensor, int64_t channel_dim, int64
 template <class Acc>
 void PositionSums<Acc>::one(int64_t n, int64_t v, int64_t channel_begin, int64_t channel_end,
                             Acc* sums) const {
-  double totals[kChannelsPerItem] = {};
   const int64_t base = n * sample_stride_ + v * v_stride_, count = channel_end - channel_begin;
+  if (channel_stride_ == 1 && before_.count() * after_.count() == 1) {
+    kernels_.pack[storage](data_, base, 0, 1, {&channel_begin, count, count, true}, false,
+                           sums + channel_begin, count);
+    return;
+  }
+  double totals[kChannelsPerItem] = {};
   before_.for_runs(
       0, before_.count(), [&](int64_t, int64_t outer_rows, int64_t outer_offset, int64_t outer_stride) {
         const int64_t outer_first = base + outer_offset + channel_begin * channel_stride_;
@@ -167,7 +172,7 @@ ColumnBiasStats<Acc>::ColumnBiasStats(const Tensor& first, const OutputGradients
   if (!want) return;
   block_ = rows_per_block<Acc>(channels_, samples_ * gradients.V);
   sums_ = workspace.get<Acc>(block_ * channels_);
-  square_ = workspace.get<double>(channels_);
+  square_ = workspace.get<Acc>(channels_);
   total_ = workspace.get<double>(channels_);
   std::fill(total_, total_ + channels_, 0.0);
 }
@@ -176,8 +181,8 @@ template <class Acc>
 void ColumnBiasStats<Acc>::add(int64_t begin, int64_t end) {
   if (!want_) return;
   const int64_t V = gradients_.V;
-  for (int64_t q = begin * V; q < end * V; q += block_) {
-    const int64_t count = std::min(block_, end * V - q);
+  for (int64_t q = begin; q < end; q += block_) {
+    const int64_t count = std::min(block_, end - q);
     position_sums_(q, q + count, V, sums_);
     if (want_ & kFactor)
       for (int64_t i = 0; i < count; ++i)
@@ -188,11 +193,9 @@ void ColumnBiasStats<Acc>::add(int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = (q + i) / V, v = (q + i) % V;
         const Acc* g = sums_ + i * channels_;
-        const double sign = gradients_.signs ? double(gradients_.signs[q + i]) : 1.0;
-        for (int64_t c = c0; c < c1; ++c) {
-          const double square = sign * g[c] * g[c];
-          square_[c] = v == 0 ? square : square_[c] + square;
-        }
+        const Acc sign = gradients_.signs ? gradients_.signs[q + i] : Acc(1);
+        if (v == 0) std::fill(square_ + c0, square_ + c1, Acc(0));
+        for (int64_t c = c0; c < c1; ++c) square_[c] += sign * g[c] * g[c];
         if (v + 1 < V) continue;
         for (int64_t c = c0; c < c1; ++c) total_[c] += square_[c];
         if (batch_diag) std::copy(square_ + c0, square_ + c1, batch_diag + n * channels_ + c0);

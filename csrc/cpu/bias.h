@@ -58,7 +58,7 @@ class ColumnBiasStats {
  public:
   ColumnBiasStats(const Tensor& first, const OutputGradients<Acc>& gradients, int64_t channel_dim,
                   int64_t want, const ColumnTensors& bias, Workspace& workspace);
-  void add(int64_t begin, int64_t end);
+  void add(int64_t begin, int64_t end);  // pairs n * V + v
   void finish();
 
  private:
@@ -67,10 +67,10 @@ class ColumnBiasStats {
   const PositionSums<Acc> position_sums_;
   const int64_t channels_;
   const ColumnTensors& bias_;
-  int64_t block_;             // pairs (n, v) whose sums are held at a time
-  Acc* sums_ = nullptr;       // [block, C]
-  double* square_ = nullptr;  // [C] of the current sample
-  double* total_ = nullptr;   // [C]
+  int64_t block_;            // pairs (n, v) whose sums are held at a time
+  Acc* sums_ = nullptr;      // [block, C]
+  Acc* square_ = nullptr;    // [C] of the current sample
+  double* total_ = nullptr;  // [C]
 };
 
 }  // namespace backpack_cuda::cpu

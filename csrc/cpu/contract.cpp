@@ -95,7 +95,8 @@ class Contraction {
           const int64_t V = std::min(V_, plan_.V - v);
           for (int64_t slab = 0; slab < plan_.slabs; ++slab) {
             product(n, samples, v, V, slab, false);
-            if (slab == 0 && v == 0 && begin == 0 && plan_.column_begin == 0) chunk_packed(n, n + samples);
+            if (slab == 0 && begin == 0 && plan_.column_begin == 0)
+              chunk_packed(n * plan_.V + v, n * plan_.V + v + samples * V);
             if (plan_.rows_are_samples && square_) product(n, samples, v, V, slab, true);
             if (partial_ && slab + 1 < plan_.slabs) continue;
             if (out_.batch_square && v + V < plan_.V) continue;

@@ -124,7 +124,8 @@ class Operands {
   virtual void pack_b(const Piece& piece, int64_t strip_begin, int64_t strip_end, Acc* dst) const = 0;
 };
 
-// `chunk_packed(begin, end)` is called once for every range of samples, while they are still in the caches.
+// `chunk_packed(begin, end)` is called once for every range of pairs n * V + v, in order, while they are
+// still in the caches.
 template <class Acc>
 void contract(const ContractPlan<Acc>& plan, const Operands<Acc>& operands, const ContractResults& results,
               const std::function<void(int64_t, int64_t)>& chunk_packed);

@@ -90,7 +90,7 @@ class LinearColumns {
 
   const OutputGradients<Acc>& gradients() const { return gradients_; }
 
-  // add_bias(begin, end) for ranges of samples, at most once each, in order.
+  // add_bias(begin, end) for ranges of pairs n * V + v, at most once each, in order.
   template <class F>
   void compute(const F& add_bias) {
     if (T_ > 1 || options().method == kContract) {
@@ -184,13 +184,13 @@ void linear(const Tensor& input, const Columns& columns, int64_t weight_want, in
     LinearColumns<Acc> layer(input, columns, weight_want, weight);
     ColumnBiasStats<Acc> bias_stats(columns.first, layer.gradients(), input.dim() - 1, bias_want, bias,
                                     workspace);
-    int64_t bias_done = 0;  // samples
+    int64_t bias_done = 0;  // pairs n * V + v
     const auto add_bias = [&](int64_t, int64_t end) {
       bias_stats.add(bias_done, end);
       bias_done = end;
     };
     if (weight_want) layer.compute(add_bias);
-    add_bias(bias_done, columns.N());
+    add_bias(bias_done, columns.N() * columns.V());
     bias_stats.finish();
   });
 }
@@ -205,7 +205,7 @@ void convolution(const Convolution& conv, const Columns& columns, int64_t weight
     if (weight_want)
       conv_contract<Acc>(conv, {weight, weight_want}, add_bias, nullptr, gradients);
     else
-      add_bias(0, columns.N());
+      add_bias(0, columns.N() * columns.V());
     bias_stats.finish();
   });
 }
@@ -215,7 +215,7 @@ void bias(const Columns& columns, int64_t channel_dim, int64_t want, const Colum
     Workspace workspace;
     const Gradients<Acc> gradients(columns);
     ColumnBiasStats<Acc> stats(columns.first, gradients, channel_dim, want, bias, workspace);
-    stats.add(0, columns.N());
+    stats.add(0, columns.N() * columns.V());
     stats.finish();
   });
 }
