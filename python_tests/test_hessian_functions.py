@@ -13,6 +13,7 @@ from hessian_oracle import (
     check_diagonals,
     dense_diagonal,
     diagonal_from_sources,
+    into_zeros,
     layers_of,
     sandwich,
     sources_of,
@@ -153,13 +154,6 @@ INDEX = torch.tensor([1, 0])
 def like(x: Tensor, *shape: int) -> Tensor:
     """Numbers of x's type that are no two alike."""
     return torch.linspace(-1.0, 1.3, torch.Size(shape).numel(), dtype=x.dtype).view(shape)
-
-
-def into_zeros(x: Tensor) -> Tensor:
-    result = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
-    result[..., ::2] = x
-    result[..., 1::2] = 2 * x
-    return result
 
 
 FREE = {  # of x [N, 2, 3, 4]

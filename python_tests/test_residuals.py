@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close, examples, named, some
-from hessian_oracle import Apply, assigned, check_diagonals, dense_diagonal, sources_of
+from hessian_oracle import Apply, assigned, check_diagonals, dense_diagonal, into_zeros, sources_of
 from random_models import random_case
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -355,6 +355,51 @@ def test_public_interface(forward):
     expected = dense_diagonal(model, lambda f: F.cross_entropy(f, y), x)
     for actual, e in zip(hessian_diagonals(model, x, y), expected, strict=True):
         assert_close("diagonal", actual, e, 1e-10)
+
+
+class LanguageModel(nn.Module):
+    """Predictions of all positions, flattened: one sample after the other, or one position after the other."""
+
+    def __init__(self, positions_first: bool):
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.hidden, self.output = nn.Linear(3, 4), nn.Linear(4, 5)
+        self.positions_first = positions_first
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.sigmoid(self.output(torch.tanh(self.hidden(self.embedding(tokens).exp()))))
+        return (h.transpose(0, 1) if self.positions_first else h).reshape(-1, 5)
+
+
+def test_flattened_prediction():
+    tokens, y = torch.randint(5, (3, 4)), torch.randint(5, (12,))
+    model = LanguageModel(positions_first=False).double()
+    expected = dense_diagonal(model, lambda f: F.cross_entropy(f, y), tokens)
+    for actual, e in zip(hessian_diagonals(model, tokens, y), expected, strict=True):
+        assert_close("diagonal", actual, e, 1e-10)
+    with pytest.raises(ValueError, match="samples"):
+        hessian_diagonals(LanguageModel(positions_first=True).double(), tokens, y)
+
+
+@pytest.mark.parametrize("asked_for", [(0,), (1,), (2,), (5,), (0, 3), (2, 3, 4)])
+def test_some_of_the_parameters(asked_for):
+    """The others are constants, also for functions that change views in place."""
+
+    def forward(layers, x: Tensor) -> Tensor:
+        h = assigned(torch.tanh(layers["a"](x)), lambda c: c[:, 0].mul_(2))
+        return layers["c"](torch.sigmoid(layers["b"](into_zeros(h))))
+
+    model = Model(forward, a=nn.Linear(3, 3), b=nn.Linear(6, 3), c=nn.Linear(3, 3)).double()
+    x, y = torch.randn(4, 3).double(), torch.randint(3, (4,))
+    expected = dense_diagonal(model, lambda f: F.cross_entropy(f, y), x)
+    for run in (torch.autograd.grad, lambda loss, inputs: loss.backward(inputs=inputs)):
+        extended, loss = bp.extend(copy.deepcopy(model)), bp.extend(nn.CrossEntropyLoss())
+        parameters = list(extended.parameters())
+        with bp.backpack(DiagHessian()):
+            run(loss(extended(x), y), [parameters[i] for i in asked_for])
+        assert [i for i, p in enumerate(parameters) if hasattr(p, "diag_h")] == list(asked_for)
+        for i in asked_for:
+            assert_close("diagonal", parameters[i].diag_h, expected[i], 1e-10)
 
 
 LAYERS = {  # a layer and the size of a sample
