@@ -334,7 +334,8 @@ def hessian_diagonals(model: nn.Module, x: Tensor, y: Tensor, loss: nn.Module | 
     with bp.backpack(DiagHessian(), BatchDiagHessian()):
         loss(model(x), y).backward()
     for parameter in model.parameters():
-        assert_close("sum", parameter.diag_h_batch.sum(0), parameter.diag_h, 1e-5, parameter.diag_h.abs().max() + 1e-3)
+        total = parameter.diag_h_batch.sum(0)
+        assert_close("sum", total, parameter.diag_h.cpu(), 1e-5, parameter.diag_h.abs().max().item() + 1e-3)
     return [parameter.diag_h for parameter in model.parameters()]
 
 
@@ -350,10 +351,10 @@ def checkpointed(layers, x: Tensor) -> Tensor:
 
 
 @named("forward", {"checkpointed": checkpointed} | some(ARCHITECTURES, "residual", "in place", "gated", "shared"))
-def test_public_interface(forward):
+def test_public_interface(forward, device):
     model, x, y = three_layers(forward).double(), torch.randn(4, 3).double(), torch.randint(3, (4,))
     expected = dense_diagonal(model, lambda f: F.cross_entropy(f, y), x)
-    for actual, e in zip(hessian_diagonals(model, x, y), expected, strict=True):
+    for actual, e in zip(hessian_diagonals(model.to(device), x.to(device), y.to(device)), expected, strict=True):
         assert_close("diagonal", actual, e, 1e-10)
 
 
@@ -421,7 +422,7 @@ LAYERS = {  # a layer and the size of a sample
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_function_at_a_layer_output(name):
+def test_function_at_a_layer_output(name, device):
     """Without columns, and beside a layer further down; also sample by sample."""
     layer, size = copy.deepcopy(LAYERS[name])
     layer.weight.requires_grad_(name != "bias only")
@@ -430,16 +431,16 @@ def test_function_at_a_layer_output(name):
         model = nn.Sequential(below, layer, nn.Sigmoid(), nn.Flatten()).double()
         x = torch.randn(2, *size, dtype=torch.float64)
         y = torch.randn(model(x).shape, dtype=torch.float64)
-        extended, loss = bp.extend(copy.deepcopy(model)), bp.extend(nn.MSELoss(reduction="sum"))
+        extended, loss = bp.extend(copy.deepcopy(model).to(device)), bp.extend(nn.MSELoss(reduction="sum"))
         with bp.backpack(DiagHessian(), BatchDiagHessian()):
-            loss(extended(x), y).backward()
+            loss(extended(x.to(device)), y.to(device)).backward()
         trained = [p for p in extended.parameters() if p.requires_grad]
         for n in range(2):
             expected = dense_diagonal(model, lambda f, y=y[n : n + 1]: (f - y).square().sum(), x[n : n + 1])
             for parameter, e in zip(trained, expected, strict=True):
                 assert_close("sample", parameter.diag_h_batch[n], e, 1e-10)
         for parameter in trained:
-            assert_close("sum", parameter.diag_h, parameter.diag_h_batch.sum(0), 1e-12)
+            assert_close("sum", parameter.diag_h, parameter.diag_h_batch.sum(0).cpu(), 1e-12)
 
 
 def test_two_losses():

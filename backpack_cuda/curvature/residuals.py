@@ -274,10 +274,13 @@ def residual_sources(
     names = [_readable(source.node) for source in walk.sources]
     edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
     deeper = [walk.is_deeper(source) for source in walk.sources]
-    starts = [(f"the input of {names[i]}", edges[i]) for i, is_deeper in enumerate(deeper) if is_deeper]
-    if starts:  # the prediction too, where the loss' columns start: beside the sources' columns the check costs nothing
+    starts = [(f"the input of {name}", edge) for name, edge in zip(names, edges, strict=True)]
+    for place, edge in starts:
+        _check_batch(place, edge, batch_size)
+    if any(deeper):
+        # The prediction too, where the loss' columns start: beside the sources' columns the check costs nothing.
         starts.append(("the prediction", GradientEdge(prediction.grad_fn, prediction.output_nr)))
-    check_samples_apart(starts, layers, batch_size)
+        check_samples_apart(starts, layers, batch_size)
     grad_outputs = torch.autograd.grad(  # dl/dy
         prediction,
         [GradientEdge(source.node, 0) for source in walk.sources],
@@ -322,14 +325,18 @@ def check_samples_apart(sources: Sequence[tuple[str, GradientEdge]], layers: Lay
     layers' outputs for the other half; 2 log2(N) halves tell every sample from every other.
     """
     for name, edge in sources:
-        shape = edge.node._input_metadata[edge.output_nr].shape
-        if batch_size > 1 and (not shape or shape[0] % batch_size):
-            raise _mixed(name, shape, batch_size)
+        _check_batch(name, edge, batch_size)
     edges = [edge for _, edge in sources]
     if batch_size < 2 or not edges or not _reach_others(edges, layers, batch_size):
         return
     name, edge = next((s for s in sources if _reach_others([s[1]], layers, batch_size)), sources[0])
     raise _mixed(name, edge.node._input_metadata[edge.output_nr].shape, batch_size)
+
+
+def _check_batch(name: str, edge: GradientEdge, batch_size: int) -> None:
+    shape = edge.node._input_metadata[edge.output_nr].shape
+    if batch_size > 1 and (not shape or shape[0] % batch_size):
+        raise _mixed(name, shape, batch_size)
 
 
 def _mixed(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
