@@ -212,10 +212,9 @@ def _pow_in_base(saved: Saved) -> Tensor:
 
 
 def _pow_in_exponent(saved: Saved) -> Tensor:
-    base, result = saved.self, _wide(saved.result)
-    if isinstance(base, Tensor):
-        return result * torch.where(base == 0, 1.0, base).log().square()
-    return result * (log(base) ** 2 if base else 0.0)
+    result = _wide(saved.result)
+    base = saved.self if isinstance(saved.self, Tensor) else torch.tensor(saved.self, dtype=result.dtype)
+    return result * torch.where(base == 0, 1.0, base).log().square()  # no 0 * inf for 0^x
 
 
 # Elementwise: operand index -> phi'' in that operand, in the type of statistics.
