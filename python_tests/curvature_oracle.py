@@ -66,7 +66,7 @@ def loss_hessian(loss: Loss, outputs: Tensor, create_graph: bool = False) -> Ten
             row = torch.autograd.grad(entry, outputs, create_graph=create_graph, retain_graph=True)[0]
         else:
             row = torch.zeros_like(outputs)
-        rows.append(row.flatten(1))
+        rows.append(row.reshape(len(outputs), -1))
     samples = len(outputs)
     full = torch.stack(rows).reshape(samples, -1, *rows[0].shape)  # [N, D, N, D]
     hessian = torch.stack([full[n, :, n] for n in range(samples)])

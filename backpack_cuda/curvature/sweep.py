@@ -6,6 +6,7 @@ is differentiated by torch itself. One sweep per square root feeds all quantitie
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import NamedTuple
@@ -79,7 +80,7 @@ class Sweep:
         self.extensions = extensions
         self.prediction = prediction
         self.state = state
-        self.layers, mixing = _layers(prediction)
+        self.layers, mixing, self.structure = _layers(prediction)
         if not self.layers:
             raise RuntimeError(
                 f"{extensions[0]}: no parameter of an extended layer is between the prediction and the graph's leaves; "
@@ -109,6 +110,7 @@ class Sweep:
         for ext in self.extensions:
             by_root.setdefault((ext.root.kind, ext.root.mc_samples), []).append(ext)
         with self._marked():
+            self._check_samples()
             self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
             for (kind, mc_samples), extensions in by_root.items():
                 if kind == "exact":
@@ -129,16 +131,26 @@ class Sweep:
 
     # ---- sources ----
 
+    def _check_samples(self) -> None:
+        """The samples must not act on each other between layers and loss; asked once per architecture and shape."""
+        known = _known_apart.setdefault(self.layers[0].module, set())
+        architecture = (self.prediction.shape, self.structure)
+        if architecture in known:
+            return
+        per_sample = self.prediction.shape[0] // max(self.batch_size, 1) if self.prediction.dim() else 1
+        name = "the prediction" if per_sample == 1 else f"the prediction, of {per_sample} rows for each sample"
+        edge = GradientEdge(self.prediction.grad_fn, self.prediction.output_nr)
+        # Modules without a rule may have their batch elsewhere, and look after their samples themselves.
+        nodes = {n: p for n, p in self._nodes().items() if isinstance(n, _LAYER_NODE) or per_sample > 1}
+        check_samples_apart([(name, edge)], nodes, self.batch_size)
+        known.add(architecture)
+
     def _of_samples(self, root: SquareRoot) -> SquareRoot:
         """Of a prediction [N * R, ...], whose rows have their own Hessians: columns for each of a sample's R rows."""
         rows = self.prediction.shape[0]
         if rows == self.batch_size:
             return root
         per_sample = rows // self.batch_size
-        edge = GradientEdge(self.prediction.grad_fn, self.prediction.output_nr)
-        check_samples_apart(
-            [(f"the prediction, of {per_sample} rows for each sample", edge)], self._nodes(), self.batch_size
-        )
 
         def form(begin: int, end: int) -> tuple[Tensor, None]:
             # Column v * R + r is column v at the r-th row of each sample, zero at the others.
@@ -419,24 +431,29 @@ def _own(result: Tensor, storages: set[int]) -> Tensor:
     return result
 
 
-def _layers(prediction: Tensor) -> tuple[list[LayerCall], list]:
+# By the first layer's module the architectures, predictions' shapes and functions, whose samples are known to be apart.
+_known_apart: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
+
+
+def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
     """The calls of layers in the prediction's graph with parameters that the running backward pass is asked for.
 
-    Also the nodes of batch normalisations, which may mix the samples.
+    Also the nodes of batch normalisations, which may mix the samples, and a hash of all functions in their order.
     """
-    layers, mixing = [], []
+    layers, mixing, names = [], [], []
     visited, stack = set(), [prediction.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in visited:
             continue
         visited.add(node)
+        name = node.name()
+        names.append(name)
         if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
             parameters = parameters_of(node)
             if parameters:
                 layers.append(LayerCall(node, parameters))
         else:
-            name = node.name()
             if "BatchNorm" in name:
                 mixing.append(node)
             elif name == "CheckpointFunctionBackward":
@@ -445,7 +462,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list]:
                     "quantities need use_reentrant=False"
                 )
         stack.extend(following for following, _ in node.next_functions)
-    return layers, mixing
+    return layers, mixing, hash(tuple(names))
 
 
 def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtension]) -> None:
