@@ -346,6 +346,96 @@ def test_positions_folded_into_the_batch_inside(device):
             assert_exact_ggn(model, expected)
 
 
+class Between(nn.Module):
+    """A function between two Linear layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function, self.last = nn.Linear(4, 4), function, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.function(torch.tanh(self.first(x))))
+
+
+MIXING = {
+    "batch mean": lambda x: x - x.mean(0),
+    "softmax over the batch": lambda x: x.softmax(0),
+    "Gram matrix": lambda x: x @ x.T @ x,
+    "roll": lambda x: x.roll(1, 0),
+    "sort": lambda x: x.sort(0).values,
+    "cumulative sum": lambda x: x.cumsum(0),
+    "a single sample for all": lambda x: x + x[-1],
+}
+
+
+@pytest.mark.parametrize("make", [DiagGGNExact, KFAC])
+@named("function", MIXING)
+def test_functions_that_mix_samples(function, make, device):
+    """The curvature would have blocks of two samples: refused, every time."""
+    model, loss = extend(Between(function)).to(device), extend(nn.CrossEntropyLoss())
+    inputs, targets = torch.randn(4, 4, device=device), torch.randint(3, (4,), device=device)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="samples"):
+            step(model, loss, inputs, targets, make())
+        assert_nothing_saved(model)
+    step(model, loss, inputs[:1], targets[:1], make())  # one sample may do what it likes with itself
+
+
+class TimeFirst(nn.Module):
+    """Linear layers on [T, N, F]."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x.transpose(0, 1))).mean(0))
+
+
+@pytest.mark.parametrize("positions", [3, 5])
+def test_positions_before_samples(positions, device):
+    """Dimension 0 of a layer's input is not the batch: refused, also where the sizes agree."""
+    model, loss = extend(TimeFirst()).to(device), extend(nn.CrossEntropyLoss())
+    inputs, targets = torch.randn(3, positions, 4, device=device), torch.randint(3, (3,), device=device)
+    with pytest.raises(ValueError, match="samples"):
+        step(model, loss, inputs, targets, DiagGGNExact())
+    assert_nothing_saved(model)
+
+
+class Wrapped(nn.Module):
+    """A loss of the user that combines two of torch's."""
+
+    def __init__(self):
+        super().__init__()
+        self.entropy, self.square = nn.CrossEntropyLoss(), nn.MSELoss()
+
+    def forward(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return 0.5 * self.entropy(input=outputs, target=targets) + 0.1 * self.square(outputs, torch.zeros_like(outputs))
+
+
+def test_losses_inside_a_module(device):
+    """extend() reaches the losses in a loss; they may get keyword arguments and divided logits."""
+    stock, loss, inputs = PLAIN.stock(), Wrapped(), PLAIN.data()[0]
+    targets = torch.randint(3, (len(inputs),))
+    expected = curvature(stock, lambda f: loss(f / 2, targets), inputs)
+    model, loss = PLAIN.prepared().to(device), extend(loss)
+    with backpack(*exact_extensions()):
+        loss(model(inputs.to(device)) / 2, targets.to(device)).backward()
+    assert_exact_ggn(model, expected)
+
+
+def test_a_prediction_without_features(device):
+    """[N] logits of BCEWithLogitsLoss and values of MSELoss: one column."""
+    stock = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1), nn.Flatten(0)).double()
+    inputs, targets = torch.randn(5, 4).double(), torch.rand(5).double()
+    for loss in (nn.BCEWithLogitsLoss(), nn.MSELoss()):
+        expected = curvature(stock, lambda f, loss=loss: loss(f, targets), inputs)
+        model = copy.deepcopy(stock).to(device)
+        backward(model, loss, inputs.to(device), targets.to(device), *exact_extensions())
+        assert_exact_ggn(model, expected)
+        assert model[0].weight.sqrt_ggn_exact.shape[0] == 1
+
+
 @pytest.mark.parametrize("make", [DiagGGNExact, BatchDiagGGNExact, SqrtGGNExact, KFLR, DiagGGNMC, KFAC, DiagHessian])
 def test_mixed_samples(make, device):
     """BatchNorm in train mode couples the samples: refused."""

@@ -140,9 +140,14 @@ class Sweep:
         per_sample = self.prediction.shape[0] // max(self.batch_size, 1) if self.prediction.dim() else 1
         name = "the prediction" if per_sample == 1 else f"the prediction, of {per_sample} rows for each sample"
         edge = GradientEdge(self.prediction.grad_fn, self.prediction.output_nr)
-        # Modules without a rule may have their batch elsewhere, and look after their samples themselves.
-        nodes = {n: p for n, p in self._nodes().items() if isinstance(n, _LAYER_NODE) or per_sample > 1}
-        check_samples_apart([(name, edge)], nodes, self.batch_size)
+        # Recurrent and attention modules may have their batch elsewhere, and look after their samples themselves.
+        nodes = {
+            layer.node: layer.parameters
+            for layer in self.layers
+            if not isinstance(layer.module, nn.RNNBase) and getattr(layer.module, "batch_first", True)
+        }
+        if nodes:
+            check_samples_apart([(name, edge)], nodes, self.batch_size)
         known.add(architecture)
 
     def _of_samples(self, root: SquareRoot) -> SquareRoot:
