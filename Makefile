@@ -16,15 +16,16 @@ BUILD_INPUTS := setup.py CMakeLists.txt backpack_cuda/_version.py \
 
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test bench lint build clean FORCE
+.PHONY: help demo examples test bench lint build clean FORCE
 
 help:
-	@echo 'make demo    find mislabelled digits by their gradient norms (writes report.png)'
-	@echo 'make test    run the tests'
-	@echo 'make bench   measure against plain PyTorch, BackPACK and Opacus (some minutes)'
-	@echo 'make lint    check the style of Python and C++'
-	@echo 'make build   only set up .venv and build the library'
-	@echo 'make clean   remove what was built; rm -r .venv removes the environment too'
+	@echo 'make demo      find mislabelled digits by their gradient norms (writes report.png)'
+	@echo 'make examples  the demo, training with KFAC, uncertainty by Laplace (each under a minute)'
+	@echo 'make test      run the tests'
+	@echo 'make bench     measure against plain PyTorch, BackPACK and Opacus (some minutes)'
+	@echo 'make lint      check the style of Python and C++'
+	@echo 'make build     only set up .venv and build the library'
+	@echo 'make clean     remove what was built; rm -r .venv removes the environment too'
 	@echo
 	@echo 'TORCH="torch==2.11.0"  another torch than $(TORCH)      PYTHON=python3.12  for a new .venv'
 	@echo 'ARGS="-k linear -x"    passed on to the program that runs   MAX_JOBS=2     parallel compilations'
@@ -33,6 +34,12 @@ help:
 demo: build .venv/.demo
 	$(SAY) 'Running the demo'
 	@$(PY) examples/find_mislabelled_digits.py $(ARGS)
+
+examples: demo
+	$(SAY) 'Training with KFAC'
+	@$(PY) examples/kfac_training.py
+	$(SAY) 'Laplace approximation'
+	@$(PY) examples/laplace_digits.py
 
 # With the demo, the peers and CUTLASS, so that no test of them is skipped.
 test: build .venv/.test .venv/.demo .venv/.bench .venv/.cutlass

@@ -18,17 +18,35 @@ from backpack_cuda.extensions import BatchL2Grad, Variance
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """examples/find_mislabelled_digits.py as a module."""
+def example(name: str):
+    """examples/<name>.py as a module."""
     for needed in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(needed)
-    path = ROOT / "examples/find_mislabelled_digits.py"
+    path = ROOT / f"examples/{name}.py"
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return example("find_mislabelled_digits")
+
+
+@pytest.fixture(scope="module")
+def kfac_training():
+    return example("kfac_training")
+
+
+@pytest.fixture(scope="module")
+def laplace_digits():
+    return example("laplace_digits")
+
+
+def is_picture(path: Path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_demo_finds_wrong_labels(demo, tmp_path, device):
@@ -43,7 +61,7 @@ def test_demo_finds_wrong_labels(demo, tmp_path, device):
     assert report.test_accuracy > 0.5
     assert report.suspicion.shape == (500,) and (report.suspicion > 0).all()
     assert len(report.noise_scale) == 4 and min(report.milliseconds) > 0
-    assert (tmp_path / "report.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert is_picture(tmp_path / "report.png")
 
 
 def test_demo_labels(demo):
@@ -78,6 +96,79 @@ def test_demo_refuses_bad_settings(demo):
         demo.Settings(batch_size=1)
     with pytest.raises(ValueError, match="train_samples"):
         demo.Settings(train_samples=5000)
+
+
+def test_kfac_needs_fewer_steps(kfac_training, tmp_path, device):
+    """On half of the data: a training loss that SGD and Adam reach later or not at all, and a good network."""
+    settings = kfac_training.Settings(
+        epochs=6, train_samples=700, target_loss=0.1, device=device.type, out=str(tmp_path / "kfac.png")
+    )
+    curves = kfac_training.run(settings)
+    steps, _ = curves["KFAC"].reached(0.1)
+    for name in ("SGD", "Adam"):
+        reached = curves[name].reached(0.1)
+        assert reached is None or reached[0] > steps, (name, reached, steps)
+    assert curves["KFAC"].accuracy[-1] > 0.9
+    assert is_picture(tmp_path / "kfac.png")
+
+
+def test_kfac_preconditioner(kfac_training):
+    """Against the inverse of the dense Kronecker product; the second time with averaged factors."""
+    model = nn.Sequential(bp.Conv2d(2, 3, 2), nn.Flatten(), bp.Linear(12, 2)).double()
+    preconditioner = kfac_training.Preconditioner(model, damping=0.01, largest_change=1e9)
+    averages = {}
+    for _ in range(2):
+        for p in model.parameters():
+            sides = (p.shape[0], p[0].numel()) if p.dim() > 1 else (len(p),)
+            roots = [torch.randn(side, side + 1, dtype=torch.float64) for side in sides]
+            p.kfac, p.grad = [root @ root.T for root in roots], torch.randn_like(p)
+            old = averages.get(p, p.kfac)
+            averages[p] = [0.95 * before + 0.05 * now for before, now in zip(old, p.kfac, strict=True)]
+        preconditioner.renew()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    preconditioner.precondition(learning_rate=0.1)
+    for p, gradient in zip(model.parameters(), gradients, strict=True):
+        damped = [factor + 0.01 * torch.eye(len(factor)) for factor in averages[p]]
+        if len(damped) == 2:
+            b, a = averages[p]
+            pi = ((a.trace() / len(a)) / (b.trace() / len(b))).sqrt()  # Martens and Grosse
+            damped = [b + 0.1 / pi * torch.eye(len(b)), a + 0.1 * pi * torch.eye(len(a))]
+            damped = [torch.kron(*damped)]
+        expected = torch.linalg.solve(damped[0], gradient.flatten())
+        torch.testing.assert_close(p.grad.flatten(), expected)
+
+
+def test_laplace_doubts_turned_digits(laplace_digits, tmp_path, device):
+    """Its entropy grows more than that of the plain network, the digits as they are stay recognised."""
+    settings = laplace_digits.Settings(device=device.type, out=str(tmp_path / "laplace.png"))
+    report = laplace_digits.run(settings)
+    upright, turned = 0, slice(2, 5)  # 30 to 60 degrees
+    plain, laplace = report.map, report.laplace
+    growth = [quality.entropy[turned].mean() - quality.entropy[upright] for quality in (plain, laplace)]
+    assert growth[1] > 1.1 * growth[0]
+    assert plain.accuracy[upright] > 0.95 and laplace.accuracy[upright] > plain.accuracy[upright] - 0.01
+    assert laplace.negative_log_likelihood[turned].mean() < 0.8 * plain.negative_log_likelihood[turned].mean()
+    assert is_picture(tmp_path / "laplace.png")
+
+
+def test_laplace_formulas(laplace_digits):
+    """Evidence and variance of the logits against the dense precision of the last layer's weight."""
+    digits = laplace_digits.load_data(laplace_digits.Settings(device="cpu"))
+    images, labels = digits.images[:40].double(), digits.labels[:40]
+    model = laplace_digits.digit_cnn().double()
+    posterior = laplace_digits.LastLayerLaplace(model, images, labels)
+    weight = model[-1].weight
+    precision = torch.kron(*weight.kflr) + posterior.prior_precision * torch.eye(weight.numel())
+    delta, size = posterior.prior_precision, weight.numel()
+    expected = 0.5 * (size * delta.log() - delta * weight.square().sum() - precision.logdet())
+    expected = expected - nn.functional.cross_entropy(model(images), labels, reduction="sum")
+    torch.testing.assert_close(posterior.log_evidence(delta), expected.detach())
+
+    features = model[:-1](images)
+    jacobian = torch.stack([torch.kron(row, features) for row in torch.eye(10, dtype=torch.float64)])  # [C, M, C * D]
+    variance = (jacobian @ precision.inverse() * jacobian).sum(-1).T
+    smoothed = model(images) / (1 + torch.pi / 8 * variance).sqrt()
+    torch.testing.assert_close(posterior.predict(images)[1], smoothed.softmax(1).detach())
 
 
 def test_benchmark_runs(tmp_path):
