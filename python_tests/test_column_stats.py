@@ -19,6 +19,7 @@ from test_ops_differentiable import SMALL
 from test_ops_geometry import EMPTY, GEOMETRIES, bias_cases, conv_cases, linear_cases
 from test_ops_paths import INSTRUCTION_SETS, METHODS, SUBSTANTIAL, SUPPORTED
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import backpack_cuda as bp
 from backpack_cuda.ops import composite
@@ -279,6 +280,30 @@ def test_composite(case, chunk, device, monkeypatch):
             ):
                 values = [value.contiguous() for value in actual]
                 check(values, reference, size, signs, torch.float64, largest=10)
+
+
+class Largest(TorchDispatchMode):
+    """The size in elements of the largest new tensor."""
+
+    def __init__(self, *operands: Tensor):
+        super().__init__()
+        self.known, self.elements = {t.untyped_storage().data_ptr() for t in operands}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in self.known:
+            self.elements = max(self.elements, result.untyped_storage().nbytes() // result.element_size())
+        return result
+
+
+@named("case", {"linear": linear((6, 5, 30), 20), "conv": conv((6, 3, 7, 7), 8, 3), "linear_row": linear((6, 30), 20)})
+def test_composite_forms_little_at_a_time(case, monkeypatch):
+    """Without a graph: not the gradients of all columns, of all samples, or of all columns of a sample."""
+    monkeypatch.setattr(composite, "_CHUNK_ELEMENTS", 1000)
+    input, columns = case.operands()[0], columns_of(case, 8)
+    with torch.no_grad(), Largest(input, columns) as largest:
+        through_torch(case, input, columns, None, 4, 4)
+    assert 0 < largest.elements <= 1000
 
 
 def leaves(*tensors: Tensor) -> list[Tensor]:
