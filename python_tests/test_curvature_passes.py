@@ -381,6 +381,31 @@ def test_functions_that_mix_samples(function, make, device):
     step(model, loss, inputs[:1], targets[:1], make())  # one sample may do what it likes with itself
 
 
+class FunctionalUse(nn.Module):
+    """A weight that also acts outside of its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)) + F.linear(x, self.first.weight))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_weight_that_acts_outside_of_its_module(autocast, device):
+    """Half of its curvature would be missing: refused, unless it is frozen."""
+    model, loss = extend(FunctionalUse()).to(device), extend(nn.CrossEntropyLoss())
+    inputs, targets = torch.randn(3, 4, device=device), torch.randint(3, (3,), device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+        with pytest.raises(NotImplementedError, match="Linear.weight .*outside of its module"):
+            step(model, loss, inputs, targets, DiagGGNExact())
+        assert_nothing_saved(model)
+        model.first.weight.requires_grad_(False)
+        step(model, loss, inputs, targets, DiagGGNExact())
+    assert hasattr(model.last.weight, "diag_ggn_exact")
+
+
 class TimeFirst(nn.Module):
     """Linear layers on [T, N, F]."""
 

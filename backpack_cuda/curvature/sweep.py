@@ -446,6 +446,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
     Also the nodes of batch normalisations, which may mix the samples, and a hash of all functions in their order.
     """
     layers, mixing, names = [], [], []
+    outside: set[int] = set()  # ids of the leaves that are reached from outside of layers with a rule
     visited, stack = set(), [prediction.grad_fn]
     while stack:
         node = stack.pop()
@@ -454,10 +455,15 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
         visited.add(node)
         name = node.name()
         names.append(name)
+        following = node.next_functions
         if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
             parameters = parameters_of(node)
             if parameters:
                 layers.append(LayerCall(node, parameters))
+            if isinstance(node, _LAYER_NODE):
+                following = following[:1]  # of the input
+        elif name == "torch::autograd::AccumulateGrad":
+            outside.add(id(node.variable))  # or inside of a module with an observer
         else:
             if "BatchNorm" in name:
                 mixing.append(node)
@@ -466,7 +472,15 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
                     "torch.utils.checkpoint with use_reentrant=True hides its layers from the graph: second-order "
                     "quantities need use_reentrant=False"
                 )
-        stack.extend(following for following, _ in node.next_functions)
+        stack.extend(operand for operand, _ in following)
+    outside -= {id(p) for layer in layers if isinstance(layer.node, _OBSERVER_NODE) for p in layer.parameters.values()}
+    for layer in layers:
+        for name, parameter in layer.parameters.items():
+            if id(parameter) in outside:
+                raise NotImplementedError(
+                    f"{type(layer.module).__name__}.{name} also acts on the prediction from outside of its module, "
+                    "where no quantity can be formed: use it in the forward of extended modules only, or freeze it"
+                )
     return layers, mixing, hash(tuple(names))
 
 
