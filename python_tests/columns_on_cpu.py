@@ -3,7 +3,7 @@
     columns_on_cpu.py LIBRARY PRECISION LOADERS (full|small) [--exact] [--small-tile]
 
 As contract_on_cpu.py, whose problems, memory and exit status these are, for G_vn of V columns in the place of G_n.
-LOADERS may also name `sums`: the pass over gradients in memory.
+LOADERS may also name `depthwise`, the kernel without tensor cores, and `sums`, the pass over gradients in memory.
 """
 
 import ctypes
@@ -54,6 +54,7 @@ class ColumnCase(Case):
     of: str = "b"  # the operand that has columns; b for layers, a for transposed convolutions, both, or neither
     n_major: bool = False  # in memory
     signs: bool = False
+    depthwise: bool = False
 
 
 def spread_columns(values, case):
@@ -86,7 +87,7 @@ def column_statistics(G, signs):
 def error_bounds(G, S, signs, case, precision):
     """Of each result: what the roundings of the kernel may add up to. S = sum_t |b| |a|."""
     u = 2.0**-23  # products truncate
-    g = (prod(case.positions) / DEPTH[precision] + 2) * u * S + 1e-37
+    g = (prod(case.positions) / (1 if case.depthwise else DEPTH[precision]) + 2) * u * S + 1e-37
     if precision == "tf32x3":
         g = g + 2.0**-20 * S
     signs = np.abs(signs)[:, :, None, None]
@@ -144,8 +145,9 @@ def check_case(library, precision, case, rng, exact, checksum, reached):
     buffers, outputs, _alive, signs = results_of(case, dtype, shapes, exact)
     outputs.a_stride_v, outputs.b_stride_v = placed["a"][2], placed["b"][2]
     options, chosen = Options(**case.options), (ctypes.c_int64 * len(COLUMNS_PLAN))()
-    arguments = map(ctypes.byref, (problem, outputs))
-    if library.run_contract_columns(*arguments, case.sm_count, ctypes.byref(options), chosen):
+    arguments = [*map(ctypes.byref, (problem, outputs)), case.sm_count, ctypes.byref(options)]
+    run = library.run_depthwise_columns if case.depthwise else library.run_contract_columns
+    if run(*arguments, *(() if case.depthwise else (chosen,))):
         return 4, f"{case}: {library.cuda_on_cpu_last_error().decode()}"
     plan = dict(zip(COLUMNS_PLAN, chosen, strict=True))
     reached.add((plan["packed"], plan["keep_a"], plan["keep_b"], min(plan["splits"], 2), min(plan["t_splits"], 2)))
@@ -155,7 +157,7 @@ def check_case(library, precision, case, rng, exact, checksum, reached):
     # What the kernel works with: operands as stored, or as rounded by it.
     flat = replace(case, N=case.V * case.N)
     a, b = (decode(encode(x.reshape(-1, *x.shape[2:]), dtype), dtype) for x in (operands["a"], operands["b"]))
-    if precision == "tf32":
+    if precision == "tf32" and not case.depthwise:
         a, b = (to_tf32(x).astype(np.float64) for x in (a, b))
     G = per_sample_gradients(a, b, flat).reshape(shapes["factor"])
     S = per_sample_gradients(np.abs(a), np.abs(b), flat).reshape(G.shape)
@@ -208,6 +210,30 @@ def cases(precision, loaders, amount, tiles):
         if amount == "full":
             far = {**problem, "layout": problem["layout"] + "_far"}
             yield ColumnCase(**far, V=2, want=tuple(RESULTS), options=force, expect=force)
+
+
+def depthwise_cases(precision, amount):
+    problems = [
+        *geometries("elements", DEPTH[precision]),
+        shape(N=3, O=1, C=1, groups=5, size=(1, 9, 8), kernel=(1, 3, 3), padding=(0, 1, 1)),
+        shape(N=2, O=2, C=1, groups=3, size=(1, 7, 7), kernel=(1, 5, 5), padding=(0, 2, 2), layout="channels_first"),
+        shape(N=4, O=1, C=2, groups=2, size=(1, 1, 40), kernel=(1, 1, 3), layout="channels_first"),
+    ]
+    for turn, problem in enumerate(problems * (len(WANTS) if amount == "full" else 1)):
+        more = {
+            "V": (2, 3, 1, 4, 5)[turn % 5],
+            "want": WANTS[(turn + turn // len(problems)) % 5],
+            "signs": turn % 3 > 0,
+        }
+        more |= {"of": "a" if turn % 4 == 1 else "b", "data": ["normal", "integers"][turn % 2]}
+        yield ColumnCase(
+            **problem,
+            **more,
+            n_major=turn % 4 == 3,
+            depthwise=True,
+            options={"splits": turn % 4},
+            sm_count=1 + turn % 3,
+        )
 
 
 # ---- gradients in memory ----
@@ -272,8 +298,10 @@ def main():
         for pair in dict.fromkeys([("float32", dtype), (dtype, dtype)]):
             check(*check_sums(library, *pair, rng, exact, checksum))
             count += 1
-        loaders.remove("sums")
-    for case in cases(precision, loaders, amount, tiles):
+    chosen = [*cases(precision, [loader for loader in loaders if loader in LOADERS], amount, tiles)]
+    if "depthwise" in loaders:
+        chosen += depthwise_cases(precision, amount)
+    for case in chosen:
         check(*check_case(library, precision, case, rng, exact, checksum, reached))
         count += 1
     if amount == "full" and "rows" in loaders:  # (packed, keep_a, keep_b, splits, t_splits)

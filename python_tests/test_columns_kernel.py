@@ -22,6 +22,8 @@ from harness_tools import (
 )
 from test_contract_kernel import EPILOGUE, FOLDER, KERNEL, LAUNCH, LOADERS, PLAN, PRECISIONS, SLAB, SMALL_TILE
 
+OTHERS = ["depthwise", "sums"]
+DEPTHWISE = "cuda/depthwise/depthwise.cuh"
 SUMS = "cuda/columns/column_sums.cu"
 ROWS_ONLY = [  # fewer instantiations
     SMALL_TILE,
@@ -37,7 +39,12 @@ ROWS_ONLY = [  # fewer instantiations
 def build(precision, **options):
     sources = ["contract_plan.cpp", "contract_launch.cpp", "contract_join_parts.cu", f"contract_{precision}_columns.cu"]
     others = [SUMS, "cuda/merge/merge.cu"]
-    others += ["harness/tests/contract_entry.cpp", "harness/tests/contract_launchers.cpp"]
+    others += [f"harness/tests/{name}.cpp" for name in ("contract_entry", "contract_launchers", "depthwise_entry")]
+    others += [f"cuda/depthwise/{name}" for name in ("depthwise.cu", "depthwise_plan.cpp", "depthwise_float32.cu")]
+    if precision.endswith("float16"):
+        others += ["cuda/depthwise/depthwise_bfloat16.cu", "cuda/depthwise/depthwise_float16.cu"]
+    else:
+        options["defines"] = ["-DONLY_FLOAT32"]
     return harness_build.build([*(f"{FOLDER}/{source}" for source in sources), *others], **options)
 
 
@@ -58,8 +65,8 @@ def test_columns(precision):
         assert done.returncode == 0, f"{job}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    full = [([loader], "full", 0) for loader in [*LOADERS, "sums"]]
-    small = [([*LOADERS, "sums"], "small", seed) for seed in SEEDS[:3]]
+    full = [([loader], "full", 0) for loader in [*LOADERS, *OTHERS]]
+    small = [([*LOADERS, *OTHERS], "small", seed) for seed in SEEDS[:3]]
     with ThreadPoolExecutor(2) as pool:
         outputs = list(pool.map(run_one, full + small))
     assert len(set(outputs[len(full) :])) == 1, outputs
@@ -71,7 +78,7 @@ def test_columns(precision):
 def test_columns_under_sanitizers(precision, sanitizer):
     """With several blocks at a time, for races between them, and buffers without slack."""
     library = build(precision, sanitizer=sanitizer, patches=[SMALL_TILE])
-    flags, loaders = ["--exact", "--small-tile"], [*LOADERS, "sums"]
+    flags, loaders = ["--exact", "--small-tile"], [*LOADERS, *OTHERS]
     done = run(library, precision, loaders, "small", *flags, sanitizer=sanitizer, CUDA_ON_CPU_RESIDENT=3)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -115,6 +122,14 @@ FAULTS = {
     "the factor in the order of the samples": wrong((EPILOGUE, "int64_t{v} * params_.N + n", "int64_t{n} * V + v")),
     "every batch_diag in one place": wrong((EPILOGUE, "params_.batch_diag + n * elements()", "params_.batch_diag")),
     "parts of other samples": wrong((LAUNCH, "stride_n = columns.V * stride_v", "stride_n = stride_v")),
+    # without tensor cores
+    "every column of a convolution is the first": wrong((DEPTHWISE, "v * columns.b_stride_v", "0")),
+    "a sample's columns begin at the first again": wrong(
+        (DEPTHWISE, "v = static_cast<unsigned>(n) - sample", "v = 0 * sample")
+    ),
+    "sums of squares go on over the samples": wrong((DEPTHWISE, "          sum[element] = 0;\n", "")),
+    "rows of the factor in the order of the samples": wrong((DEPTHWISE, "v * problem.N + sample", "n")),
+    "a split ends within the columns": wrong((DEPTHWISE, "(columns.V) || n + 1 == end", "(columns.V)")),
     # gradients in memory
     "no barrier before the shares of squares are read": race(
         (SUMS, "__syncthreads();  // the shares of all warps are there", "")
@@ -148,7 +163,7 @@ def test_fault_planted_in_columns_is_caught(faulty_libraries, name):
     fault = FAULTS[name]
     library = faulty_libraries[name]
     flags = ["--small-tile", "--exact"] if fault.sanitizer else ["--small-tile"]
-    loaders = ["sums"] if fault.patches[0][0] == SUMS else ["rows"]
+    loaders = {SUMS: ["sums"], DEPTHWISE: ["depthwise"]}.get(fault.patches[0][0], ["rows"])
 
     def run_one(seed):
         options = {"sanitizer": fault.sanitizer, "CUDA_ON_CPU_SEED": seed}

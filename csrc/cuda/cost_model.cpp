@@ -139,6 +139,15 @@ Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear
   return best;
 }
 
+Way choose_way(const OuterProblem& problem, const ColumnOutputs& columns, const Options& options) {
+  OuterProblem samples = problem;  // squares of as many, with G_vn in the place of G_n
+  samples.N *= columns.V;
+  StatsOutputs out{};
+  out.batch_grad = columns.factor;
+  out.sum_grad_squared = columns.diag ? columns.diag : columns.batch_diag;
+  return choose_way(samples, out, false, options);
+}
+
 bool wants_sm90(const OuterProblem& problem, const Options& options) {
   constexpr bool kProven = false;
   if (options.way == int64_t(Way::kContractSm90)) return true;

@@ -34,6 +34,9 @@ bool applies(Way way, const OuterProblem& problem, const StatsOutputs& out, bool
 // The cheapest way that applies, or the one that `options` ask for.
 Way choose_way(const OuterProblem& problem, const StatsOutputs& out, bool linear, const Options& options);
 
+// The same for the columns of a convolution.
+Way choose_way(const OuterProblem& problem, const ColumnOutputs& columns, const Options& options);
+
 // Whether the contraction should try the path of sm_90a. It has never run on a GPU: until it has been right
 // and faster there (benchmarks/gpu_report.py), only the switch "way" chooses it.
 bool wants_sm90(const OuterProblem& problem, const Options& options);

@@ -7,6 +7,7 @@
 #include "common/aten.h"
 #include "common/operator_library.h"
 #include "cuda/columns/column_sums.h"
+#include "cuda/cost_model.h"
 #include "ops/outer_problem_of.h"
 #include "ops/outer_stats_cuda.h"
 
@@ -113,7 +114,12 @@ void convolution(const Convolution& conv, const Columns& columns, int64_t weight
   if (weight_want) {
     WantedColumns wanted(columns, weight, weight_want);
     (conv.transposed ? wanted.outputs.a_stride_v : wanted.outputs.b_stride_v) = columns.stride();
-    contract_columns(problem_of(conv, tf32), wanted.outputs, call);
+    const OuterProblem problem = problem_of(conv, tf32);
+    if (choose_way(problem, wanted.outputs, options()) == Way::kDepthwise) {
+      depthwise_columns(problem, wanted.outputs, call);
+    } else {
+      contract_columns(problem, wanted.outputs, call);
+    }
   }
   if (bias_want) bias_columns(columns, 1, WantedColumns(columns, bias, bias_want).outputs, call);
 }

@@ -30,4 +30,10 @@ void depthwise_stats(const OuterProblem& problem, const StatsOutputs& out, const
   launch_depthwise(problem, out, plan, workspace.mutable_data_ptr(), call.stream);
 }
 
+void depthwise_columns(const OuterProblem& problem, const ColumnOutputs& columns, const CudaCall& call) {
+  const DepthwisePlan plan = plan_depthwise(problem, columns, call.sm_count(), options());
+  const Tensor workspace = call.workspace(plan.workspace_bytes);
+  launch_depthwise(problem, columns, plan, workspace.mutable_data_ptr(), call.stream);
+}
+
 }  // namespace backpack_cuda::cuda

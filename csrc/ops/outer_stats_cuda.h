@@ -19,6 +19,7 @@ void bias_stats(const Tensor& grad_output, int64_t channel_dim, const StatsOutpu
                 const CudaCall& call);
 
 // Convolutions with few channels per group.
+void depthwise_columns(const OuterProblem& problem, const ColumnOutputs& columns, const CudaCall& call);
 void depthwise_stats(const OuterProblem& problem, const StatsOutputs& out, const CudaCall& call);
 
 }  // namespace backpack_cuda::cuda

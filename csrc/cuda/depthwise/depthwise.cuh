@@ -14,9 +14,12 @@ struct DepthwiseParams {
   OuterProblem problem;
   StatsOutputs outputs;
   DepthwisePlan plan;
-  float *sum, *square;           // [splits, R, I], null with one split
-  float* norm;                   // [N, norm_columns], null when not wanted
+  float *sum, *square;  // [splits, R, I], null with one split
+  float* norm;          // [N, norm_columns], null when not wanted
+  int64_t units;        // of `unit` samples each, which splits do not part
+  int unit;
   bool sums, squares, centered;  // kept
+  ColumnOutputs columns;         // second order: the samples are the pairs (n, v), v fastest; else V = 0
 };
 
 // Blocks per multiprocessor, which bound the registers: tall boxes need more.
@@ -225,11 +228,18 @@ __global__ void __launch_bounds__(kMaxDepthwiseThreads, kDepthwiseBlocks<kRows>)
   }
 
   const int64_t count = int64_t{units} * kernel_volume;
-  const int64_t begin = problem.N * split / plan.splits, end = problem.N * (split + 1) / plan.splits;
+  const ColumnOutputs& columns = params.columns;
+  const int64_t begin = params.units * split / plan.splits * params.unit;
+  const int64_t end = params.units * (split + 1) / plan.splits * params.unit;
   for (int64_t n = begin; n < end; ++n) {
     float sums[kRows][kColumns] = {};
-    const T* const its_a = a + n * problem.a.stride_n;
-    const T* const its_b = b + n * problem.b.stride_n;
+    unsigned sample = static_cast<unsigned>(n), v = 0;
+    if (columns.V) {
+      sample /= columns.V;
+      v = static_cast<unsigned>(n) - sample * columns.V;
+    }
+    const T* const its_a = a + (sample * problem.a.stride_n + v * columns.a_stride_v);
+    const T* const its_b = b + (sample * problem.b.stride_n + v * columns.b_stride_v);
     if constexpr (kRows == 1) {
       add_rows<T>(problem, plan.slots_w, slot, chunk, its_a, its_b, sums);
     } else {
@@ -264,6 +274,18 @@ __global__ void __launch_bounds__(kMaxDepthwiseThreads, kDepthwiseBlocks<kRows>)
       if (at < 0) continue;
       float g = 0;
       for (int warp = 0; warp < warps_per_unit; ++warp) g += buffer[warp * block_elements + element];
+      if (columns.V) {
+        const int64_t column_row = v * problem.N + sample;
+        if (columns.factor) static_cast<T*>(columns.factor)[column_row * count + at] = static_cast<T>(g);
+        // The sum of this sample's squares, and that of all samples.
+        sum[element] = fmaf((columns.signs ? columns.signs[column_row] : 1.f) * g, g, sum[element]);
+        if (v + 1 == static_cast<unsigned>(columns.V) || n + 1 == end) {
+          if (columns.batch_diag) columns.batch_diag[sample * count + at] = sum[element];
+          square[element] += sum[element];
+          sum[element] = 0;
+        }
+        continue;
+      }
       if (outputs.batch_grad) static_cast<T*>(outputs.batch_grad)[n * count + at] = static_cast<T>(g);
       norm = fmaf(g, g, norm);
       if (params.centered) {
@@ -289,6 +311,7 @@ __global__ void __launch_bounds__(kMaxDepthwiseThreads, kDepthwiseBlocks<kRows>)
       if (params.squares) params.square[split * count + at] = square[element];
       continue;
     }
+    if (columns.diag) columns.diag[at] = square[element];
     if (outputs.grad) static_cast<T*>(outputs.grad)[at] = static_cast<T>(sum[element]);
     if (outputs.sum_grad_centered_squared) outputs.sum_grad_centered_squared[at] = square[element];
     if (outputs.sum_grad_squared) {

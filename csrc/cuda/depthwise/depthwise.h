@@ -72,4 +72,10 @@ DepthwisePlan plan_depthwise(const OuterProblem& problem, const StatsOutputs& ou
 void launch_depthwise(const OuterProblem& problem, const StatsOutputs& outputs, const DepthwisePlan& plan,
                       void* workspace, cudaStream_t stream);
 
+// Second order: V columns of every sample, which read the operand without columns from the caches.
+DepthwisePlan plan_depthwise(const OuterProblem& problem, const ColumnOutputs& columns, int sm_count,
+                             const Options& options);
+void launch_depthwise(const OuterProblem& problem, const ColumnOutputs& columns, const DepthwisePlan& plan,
+                      void* workspace, cudaStream_t stream);
+
 }  // namespace backpack_cuda::cuda

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
+#include <stdexcept>
 
 #include "common/integers.h"
 #include "cuda/depthwise/depthwise.h"
@@ -117,6 +118,16 @@ DepthwisePlan plan_depthwise(const OuterProblem& problem, const StatsOutputs& ou
   plan.square_offset = plan.sum_offset + (sums ? partials : 0);
   plan.workspace_bytes = 4 * (plan.square_offset + (squares ? partials : 0));
   return plan;
+}
+
+DepthwisePlan plan_depthwise(const OuterProblem& problem, const ColumnOutputs& columns, int sm_count,
+                             const Options& options) {
+  if (problem.N * columns.V > INT32_MAX) throw std::invalid_argument("depthwise: too many samples");
+  OuterProblem samples = problem;  // as many as splits may part
+  if (!columns.batch_diag) samples.N *= columns.V;
+  StatsOutputs outputs{};
+  outputs.sum_grad_squared = columns.diag;
+  return plan_depthwise(samples, outputs, sm_count, options);
 }
 
 }  // namespace backpack_cuda::cuda

@@ -31,3 +31,14 @@ extern "C" int run_depthwise(const OuterProblem* problem, const StatsOutputs* ou
     launch_depthwise(*problem, *outputs, plan, workspace.get(), nullptr);
   });
 }
+
+// Second order.
+extern "C" int run_depthwise_columns(const OuterProblem* problem, const ColumnOutputs* columns, int sm_count,
+                                     const Options* options) {
+  return cuda_on_cpu::guarded([&] {
+    const DepthwisePlan plan = plan_depthwise(*problem, *columns, sm_count, *options);
+    const std::unique_ptr<char[]> workspace(new char[plan.workspace_bytes]);
+    memset(workspace.get(), 0xff, plan.workspace_bytes);
+    launch_depthwise(*problem, *columns, plan, workspace.get(), nullptr);
+  });
+}
