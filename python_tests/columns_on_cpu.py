@@ -220,20 +220,11 @@ def depthwise_cases(precision, amount):
         shape(N=4, O=1, C=2, groups=2, size=(1, 1, 40), kernel=(1, 1, 3), layout="channels_first"),
     ]
     for turn, problem in enumerate(problems * (len(WANTS) if amount == "full" else 1)):
-        more = {
-            "V": (2, 3, 1, 4, 5)[turn % 5],
-            "want": WANTS[(turn + turn // len(problems)) % 5],
-            "signs": turn % 3 > 0,
-        }
+        V, want = (2, 3, 1, 4, 5)[turn % 5], WANTS[(turn + turn // len(problems)) % 5]
+        more = {"V": V, "want": want, "signs": turn % 3 > 0, "n_major": turn % 4 == 3, "sm_count": 1 + turn % 3}
         more |= {"of": "a" if turn % 4 == 1 else "b", "data": ["normal", "integers"][turn % 2]}
-        yield ColumnCase(
-            **problem,
-            **more,
-            n_major=turn % 4 == 3,
-            depthwise=True,
-            options={"splits": turn % 4},
-            sm_count=1 + turn % 3,
-        )
+        splits = turn % 4 if "batch_diag" in want else 2 * V  # these within a sample's columns
+        yield ColumnCase(**problem, **more, depthwise=True, options={"splits": splits})
 
 
 # ---- gradients in memory ----

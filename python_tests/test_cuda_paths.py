@@ -15,6 +15,7 @@ from helpers import named, some
 from op_cases import CASES, HALVES, TOLERANCES, Tolerance, assert_stats, conv, linear, want_bits
 from oracle import FIELDS, Stats
 from property_testing import HealthCheck, given, settings
+from test_column_stats import columns_of, loop, some_signs, squares
 from test_ops_geometry import conv_cases, linear_cases
 
 CONTRACT, SEPARATE, DEPTHWISE = {"way": 1}, {"way": 2}, {"way": 3}
@@ -131,6 +132,35 @@ def test_small_integers_are_exact(case, options, dtype, tf32, device):
     actual = weight_stats(case, input, grad_output, FIELDS[4:], tf32, **options).sum_grad_centered_squared
     scale = expected.sum_grad_squared.max().item()
     assert (actual.double() - expected.sum_grad_centered_squared).abs().max() <= 1e-5 * scale
+
+
+COLUMN_FIELDS = ("factor", "batch_diag", "diag")
+
+
+def column_stats(case, input, columns, signs, fields, tf32=False, **options):
+    """Of the weight, on the CPU: {field: value}."""
+    with cuda_options(input.device, **options) as operators:
+        operator = getattr(operators, f"{case.family}_column_stats")
+        want = sum(1 << COLUMN_FIELDS.index(name) for name in fields)
+        results = operator(input, columns, signs, *case.geometry_arguments(), want, 0, tf32)[:3]
+    return {name: result.cpu() for name, result in zip(COLUMN_FIELDS, results, strict=True) if name in fields}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@named("options", PATHS)
+@named("case", some(ALL_CASES, "linear_tokens", "conv2d_depthwise", "conv_transpose2d", *LOADER_CASES))
+def test_columns(case, options, dtype, device):
+    """Small integers: every result is equal, bit by bit. Two columns share a slab, three do not."""
+    input = case.operands(device, dtype, integers=True)[0]
+    for count in (2, 3):
+        columns = columns_of(case, count).sign().to(device, dtype)
+        signs = (2 * some_signs(columns)).round()
+        gradients = loop(case, input, columns)[0]
+        batch_diag = squares(gradients, signs.cpu())
+        expected = {"factor": gradients, "batch_diag": batch_diag, "diag": batch_diag.sum(0)}
+        for fields in (COLUMN_FIELDS, COLUMN_FIELDS[2:]):
+            for name, value in column_stats(case, input, columns, signs, fields, **options).items():
+                assert torch.equal(value, expected[name].to(value.dtype)), (count, name)
 
 
 SM90_CASES = {
