@@ -69,7 +69,7 @@ class Device:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def round_seconds(self, steps: dict[str, Callable[[], Any]], order: random.Random) -> dict[str, float]:
+    def round_seconds(self, steps: dict[Any, Callable[[], Any]], order: random.Random) -> dict[Any, float]:
         """How long each of `steps` takes, run once each in random order."""
         marks = {}
         for name in order.sample(list(steps), len(steps)):
@@ -298,60 +298,79 @@ def rates(seconds: float, flops: float, num_bytes: int, precision: str, ceilings
     }
 
 
+Step = Callable[[], Any]
+
+
+def measure_cells(
+    library: Step, pairs: dict[str, tuple[Step, Step]], precision: str, device: Device, rounds: int, seed: int = 0
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Time, memory and agreement of pairs (step of this package, the same of torch calls) that return tensors by name.
+
+    Returns: the figures of `library`, to whose time all ratios are; and those of each pair by its name
+    """
+    steps: dict[tuple[str, str], Step] = {("library", ""): library}
+    cells: dict[str, dict[str, Any]] = {name: {} for name in pairs}
+    with precision_mode(precision):
+        library()
+        extra = {("library", ""): device.extra_bytes(library)}
+        for name, pair in pairs.items():
+            made = {}
+            for kind, step in zip(("own", "composed"), pair, strict=True):
+                try:
+                    made[kind] = step()
+                    device.synchronize()
+                    extra[kind, name] = device.extra_bytes(step)
+                    steps[kind, name] = step
+                except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is a RuntimeError
+                    field = "error" if kind == "own" else "composed_error"
+                    cells[name][field] = str(error).splitlines()[0][:200]
+            if len(made) == 2:
+                cells[name]["difference"] = difference(made["own"], made["composed"])
+                cells[name]["right"] = cells[name]["difference"] <= TOLERANCE[precision]
+            del made
+        order = random.Random(seed)
+        seconds: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+        device.round_seconds(steps, order)  # warm-up
+        gc.disable()
+        for _ in range(rounds):
+            for key, value in device.round_seconds(steps, order).items():
+                seconds[key].append(value)
+        gc.enable()
+    plain = seconds.pop(("library", ""))
+    for (kind, name), own in seconds.items():
+        figures = summary(own, plain) | {"extra_bytes": extra[kind, name]}
+        cells[name] |= figures if kind == "own" else {"composed": figures}
+    return {"extra_bytes": extra["library", ""]} | summary(plain, plain), cells
+
+
 def measure_group(group: Group, device: Device, ceilings: Ceilings, rounds: int, seed: int = 0) -> dict[str, Any]:
     """All quantities of one layer in one precision, each against the library's gradient and the composed result."""
     layer, precision = group.layer, group.precision
     dtype = PRECISIONS[precision]
     input, grad_output = layer.operands(device.name, dtype, seed)
-    weights = torch.rand(layer.samples, device=device.name)
-    operands, tf32 = (input, grad_output, weights), precision == "tf32"
-    steps: dict[str, Callable[[], Any]] = {"library": lambda: library_gradient(layer, input, grad_output)}
+    operands = input, grad_output, torch.rand(layer.samples, device=device.name)
     cells: dict[str, dict[str, Any]] = {}
-    with precision_mode(precision):
-        steps["library"]()
-        extra = {"library": device.extra_bytes(steps["library"])}
-        for quantity in quantities(precision):
-            cells[quantity] = cell = {}
-            if quantity == HOPPER and not (layer.linear and device.hopper):
-                continue
-            if result_bytes(layer, wanted(quantity), dtype.itemsize) > LARGEST_RESULT:
-                cell["skipped"] = f"the result would take more than {LARGEST_RESULT >> 30} GiB"
-                continue
-            own = {
-                quantity: lambda q=quantity: operator(layer, q, *operands, tf32),
-                f"composed: {quantity}": lambda q=quantity: composed(layer, q, *operands),
-            }
-            made = {}
-            for name, step in own.items():
-                try:
-                    made[name] = step()
-                    device.synchronize()
-                    extra[name] = device.extra_bytes(step)
-                    steps[name] = step
-                except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is a RuntimeError
-                    cell["error" if name == quantity else "composed_error"] = str(error).splitlines()[0][:200]
-            if len(made) == 2:
-                cell["difference"] = difference(by_name(quantity, made[quantity]), made[f"composed: {quantity}"])
-                cell["right"] = cell["difference"] <= TOLERANCE[precision]
-            del made
-        order = random.Random(seed)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        device.round_seconds(steps, order)  # warm-up
-        gc.disable()
-        for _ in range(rounds):
-            for name, value in device.round_seconds(steps, order).items():
-                seconds[name].append(value)
-        gc.enable()
-    library = {"extra_bytes": extra["library"]} | summary(seconds["library"], seconds["library"])
+    pairs: dict[str, tuple[Step, Step]] = {}
+    for quantity in quantities(precision):
+        cells[quantity] = {}
+        if quantity == HOPPER and not (layer.linear and device.hopper):
+            continue
+        if result_bytes(layer, wanted(quantity), dtype.itemsize) > LARGEST_RESULT:
+            cells[quantity]["skipped"] = f"the result would take more than {LARGEST_RESULT >> 30} GiB"
+            continue
+        pairs[quantity] = (
+            lambda q=quantity: by_name(q, operator(layer, q, *operands, precision == "tf32")),
+            lambda q=quantity: composed(layer, q, *operands),
+        )
+    library, measured = measure_cells(
+        lambda: library_gradient(layer, input, grad_output), pairs, precision, device, rounds, seed
+    )
     library |= rates(library["milliseconds"] / 1e3, *work(layer, "grad", dtype.itemsize), precision, ceilings)
-    for quantity, cell in cells.items():
-        if quantity in seconds:
-            cell |= summary(seconds[quantity], seconds["library"]) | {"extra_bytes": extra[quantity]}
+    for quantity, cell in measured.items():
+        if "milliseconds" in cell:
             need = work(layer, quantity, dtype.itemsize)
             cell |= rates(cell["milliseconds"] / 1e3, *need, precision, ceilings)
-        name = f"composed: {quantity}"
-        if name in seconds:
-            cell["composed"] = summary(seconds[name], seconds["library"]) | {"extra_bytes": extra[name]}
+        cells[quantity] = cell
     return {
         "family": group.family,
         "layer": layer.text(),

@@ -1,7 +1,7 @@
 """Everything that is to be known on a GPU, in one command: are the kernels right, and how fast are they?
 
     python benchmarks/gpu_report.py --out OUT                  all parts in under ten minutes on one H100
-    python benchmarks/gpu_report.py --out OUT --part kernels   some of: tests, sanitizer, kernels, steps
+    python benchmarks/gpu_report.py --out OUT --part kernels   some of the parts below
     python benchmarks/gpu_report.py --out OUT --device cpu     dry run of the same on a CPU, with small shapes
 
 Needs torch, pytest and a built backpack_cuda/_C.so, not an installation. Writes gpu_report.json, gpu_report.md and the
@@ -10,10 +10,12 @@ logs to OUT, after every part and while a long one runs, so that a run that is s
 tests      the Python tests with --device cuda
 sanitizer  sanitizer_program.py under compute-sanitizer's memcheck and racecheck
 kernels    gpu_kernels.py: time, rates, memory of every quantity of the layers in gpu_shapes.py
+columns    gpu_second_order.py: sums of squares over ten columns of per-sample gradients, of the leading layers
+factors    gpu_second_order.py: the input Kronecker factors of all 53 convolutions of ResNet-50, N = 128
 steps      measure.py: whole training steps against plain torch, BackPACK, Opacus and torch.func, if installed
 
-A part that would overrun its share of --budget stops: the kernels drop layers from the end of gpu_shapes.groups(), the
-steps drop models from the last. What was dropped is listed.
+A part that would overrun its share of --budget stops: kernels, columns and factors drop layers from the last, the steps
+drop models from the last. What was dropped is listed.
 """
 
 import source_tree  # noqa: F401 (first, so that the package is found)
@@ -41,7 +43,8 @@ from typing import Any
 
 import torch
 from gpu_kernels import Ceilings, Device, measure_ceilings, measure_group, measure_outer_norm
-from gpu_shapes import FAMILIES, PRECISIONS, Group, groups
+from gpu_second_order import measure_columns, measure_factor
+from gpu_shapes import FAMILIES, PRECISIONS, RESNET50, Group, groups, leading_groups
 from gpu_tables import markdown
 from measure import Options, in_new_process, time_model
 from models import EVERY_CASE, GPU_CASES, SMALL_GPU_CASES
@@ -51,9 +54,10 @@ from run import commit, cpu_name, names
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 # Share of the budget that a part may use; what it leaves goes to those after it.
-SHARES = {"tests": 0.30, "sanitizer": 0.20, "kernels": 0.75, "steps": 1.0}
+SHARES = {"tests": 0.30, "sanitizer": 0.20, "kernels": 0.55, "columns": 0.3, "factors": 0.3, "steps": 1.0}
 CPU_TESTS = ["python_tests/test_ops_dtypes.py"]  # of a dry run
 STEP_QUANTITIES = ("none", "BatchL2Grad", "together")
+SECOND_ORDER_STEPS = ("DiagGGNMC", "KFAC")  # of ResNet-18
 
 
 class Report:
@@ -212,7 +216,14 @@ def run_kernels(report: Report, results: dict[str, Any]) -> None:
     results["ceilings"] = {"copy_gbytes": ceilings.copy / 1e9}
     results["ceilings"] |= {f"{name}_tflops": rate / 1e12 for name, rate in ceilings.products.items()}
     results["outer_norm"] = measure_outer_norm(device, ceilings, small=not report.cuda)
-    due = wanted_groups(report)
+    due = wanted_groups(report, groups(report.args.families, report.args.precisions))
+    measure_rows(report, results, due, lambda group: measure_group(group, device, ceilings, report.args.rounds))
+
+
+def measure_rows(
+    report: Report, results: dict[str, Any], due: list[Group], measure: Callable[[Group], dict[str, Any]]
+) -> None:
+    """A row of each group until the time is up, and the names of those that were dropped then."""
     results["rows"], results["dropped"] = [], []
     longest: float = 0.0
     for number, group in enumerate(due):
@@ -221,7 +232,7 @@ def run_kernels(report: Report, results: dict[str, Any]) -> None:
             break
         begin = time.monotonic()
         try:
-            row = measure_group(group, device, ceilings, report.args.rounds)
+            row = measure(group)
         except Exception as error:
             row = {
                 "layer": group.layer.text(),
@@ -237,12 +248,10 @@ def run_kernels(report: Report, results: dict[str, Any]) -> None:
             report.write()
 
 
-def wanted_groups(report: Report) -> list[Group]:
-    """What the command line asks for; on a CPU one layer of every kind, shrunk."""
-    args = report.args
-    due = groups(args.families, args.precisions)
-    if args.match:
-        due = [group for group in due if re.search(args.match, group.layer.text())]
+def wanted_groups(report: Report, due: list[Group]) -> list[Group]:
+    """Those of `due` that the command line asks for; on a CPU one layer of every kind, shrunk."""
+    if report.args.match:
+        due = [group for group in due if re.search(report.args.match, group.layer.text())]
     if report.cuda:
         return due
     few: dict[tuple, Group] = {}
@@ -250,6 +259,30 @@ def wanted_groups(report: Report) -> list[Group]:
         kind = group.family, group.precision, group.layer.channels_last
         few.setdefault(kind, Group(group.family, group.layer.small(), group.precision))
     return list(few.values())
+
+
+# --- second order ---------------------------------------------------------------------------------------------
+
+
+def run_columns(report: Report, results: dict[str, Any]) -> None:
+    """Column statistics of the leading layers."""
+    device = Device(report.device)
+    due = wanted_groups(report, leading_groups(report.args.families, report.args.precisions))
+    measure_rows(report, results, due, lambda group: measure_columns(group, device, report.args.rounds))
+
+
+def run_factors(report: Report, results: dict[str, Any]) -> None:
+    """Input factors of ResNet-50 in float32; on a CPU of four of its convolutions, shrunk."""
+    device = Device(report.device)
+    precisions = [precision for precision in report.args.precisions if precision != "bf16"]
+    layers = RESNET50 if report.cuda else [layer.small() for layer in RESNET50[::6]]
+    due = [Group("resnet50", layer, precision) for precision in precisions for layer in layers]
+    measure_rows(
+        report,
+        results,
+        due,
+        lambda group: measure_factor(group.layer, group.precision, device, report.args.rounds),
+    )
 
 
 # --- steps ----------------------------------------------------------------------------------------------------
@@ -273,12 +306,13 @@ def run_steps(report: Report, results: dict[str, Any]) -> None:
         memory=report.cuda,
         threads=torch.get_num_threads() if report.cuda else 1,
     )
-    cells = [(lib, q) for lib in versions for q in STEP_QUANTITIES if q in EVERY_LIBRARY[lib].quantities]
     longest = 0.0
     for name in GPU_CASES if report.cuda else SMALL_GPU_CASES:
         if report.left() < longest:
             results["dropped"].append(name)
             continue
+        quantities = STEP_QUANTITIES + (SECOND_ORDER_STEPS if name.startswith("resnet18") else ())
+        cells = [(lib, q) for lib in versions for q in quantities if q in EVERY_LIBRARY[lib].quantities]
         begin = time.monotonic()
         measured: dict[str, Any] = {"description": EVERY_CASE[name].description}
         try:
@@ -291,7 +325,14 @@ def run_steps(report: Report, results: dict[str, Any]) -> None:
         report.write()
 
 
-PARTS = {"tests": run_tests, "sanitizer": run_sanitizer, "kernels": run_kernels, "steps": run_steps}
+PARTS = {
+    "tests": run_tests,
+    "sanitizer": run_sanitizer,
+    "kernels": run_kernels,
+    "columns": run_columns,
+    "factors": run_factors,
+    "steps": run_steps,
+}
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

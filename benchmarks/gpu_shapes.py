@@ -22,6 +22,7 @@ class Layer:
     padding: int = 0
     groups: int = 1
     channels_last: bool = False
+    count: int = 1  # how many such layers the network has
 
     @property
     def linear(self) -> bool:
@@ -110,10 +111,9 @@ def _gpt2(name: str, inputs: int, outputs: int) -> Layer:
     return Layer(f"GPT-2 {name}", 8, inputs, outputs, positions=1024)
 
 
-def _conv(name: str, inputs: int, outputs: int, size: int, kernel: int, stride: int = 1) -> Layer:
-    return Layer(
-        f"ResNet-50 {name}", 128, inputs, outputs, size=size, kernel=kernel, stride=stride, padding=kernel // 2
-    )
+def _conv(name: str, inputs: int, outputs: int, size: int, kernel: int, stride: int = 1, count: int = 1) -> Layer:
+    sizes = {"size": size, "kernel": kernel, "stride": stride, "padding": kernel // 2, "count": count}
+    return Layer(f"ResNet-50 {name}", 128, inputs, outputs, **sizes)
 
 
 def _depthwise(channels: int, size: int, stride: int) -> Layer:
@@ -130,18 +130,18 @@ GPT2 = [
 ]
 # The distinct convolutions of ResNet-50 (He et al. 2015) on 224 x 224 images, with the stride in the 3x3 ones.
 RESNET50 = [
-    _conv("layer1", 64, 64, 56, 3),
-    _conv("layer2", 128, 128, 28, 3),
-    _conv("layer3", 256, 256, 14, 3),
-    _conv("layer4", 512, 512, 7, 3),
-    _conv("layer1", 64, 256, 56, 1),
-    _conv("layer2", 128, 512, 28, 1),
-    _conv("layer3", 256, 1024, 14, 1),
-    _conv("layer4", 512, 2048, 7, 1),
-    _conv("layer1", 256, 64, 56, 1),
-    _conv("layer2", 512, 128, 28, 1),
-    _conv("layer3", 1024, 256, 14, 1),
-    _conv("layer4", 2048, 512, 7, 1),
+    _conv("layer1", 64, 64, 56, 3, count=3),
+    _conv("layer2", 128, 128, 28, 3, count=3),
+    _conv("layer3", 256, 256, 14, 3, count=5),
+    _conv("layer4", 512, 512, 7, 3, count=2),
+    _conv("layer1", 64, 256, 56, 1, count=4),
+    _conv("layer2", 128, 512, 28, 1, count=4),
+    _conv("layer3", 256, 1024, 14, 1, count=6),
+    _conv("layer4", 512, 2048, 7, 1, count=3),
+    _conv("layer1", 256, 64, 56, 1, count=2),
+    _conv("layer2", 512, 128, 28, 1, count=3),
+    _conv("layer3", 1024, 256, 14, 1, count=5),
+    _conv("layer4", 2048, 512, 7, 1, count=2),
     _conv("stem", 3, 64, 224, 7, 2),
     _conv("layer2", 128, 128, 56, 3, 2),
     _conv("layer3", 256, 256, 28, 3, 2),
@@ -184,18 +184,26 @@ class Group:
     precision: str
 
 
+# Those that come first; the others follow in groups().
+LEADING = {"mlp": 1, "gpt2": 4, "resnet50": 4, "mobilenetv2": 2}
+
+
+def leading_groups(families: list[str], precisions: list[str]) -> list[Group]:
+    """The leading layers, in NCHW."""
+    return [Group(f, layer, p) for p in precisions for f in families for layer in FAMILIES[f][: LEADING[f]]]
+
+
 def groups(families: list[str], precisions: list[str]) -> list[Group]:
     """All of them in the order of their importance: a time budget drops them from the end.
 
     First the leading layers of every family in every precision, then the other layers; in channels-last after NCHW.
     """
-    leading = {"mlp": 1, "gpt2": 4, "resnet50": 4, "mobilenetv2": 2}
     ordered = []
     for rank in range(2):
         for channels_last in (False, True):
             for precision in precisions:
                 for family in families:
-                    first = leading[family]
+                    first = LEADING[family]
                     for layer in FAMILIES[family][:first] if rank == 0 else FAMILIES[family][first:]:
                         if not (channels_last and layer.linear):
                             ordered.append(Group(family, replace(layer, channels_last=channels_last), precision))

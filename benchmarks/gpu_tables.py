@@ -172,6 +172,68 @@ def kernels_section(results: dict[str, Any], dry_run: bool) -> str:
     return "\n\n".join(parts)
 
 
+def dropped_lines(results: dict[str, Any]) -> list[str]:
+    """What a part had no time for, and what failed."""
+    lines = [f"* {row['layer']} ({row['precision']}): {row['error']}" for row in results["rows"] if "error" in row]
+    if results["dropped"]:
+        lines += ["Dropped for lack of time:", "\n".join(f"* {name}" for name in results["dropped"])]
+    return lines
+
+
+def columns_section(results: dict[str, Any]) -> str:
+    """One table; ratios are to the gradient of ONE column."""
+    rows = [row for row in results["rows"] if "cells" in row]
+    names = list(rows[0]["cells"]) if rows else []
+    head = ["layer", "precision", "library, µs", *names, *(f"{name}, extra MiB" for name in names), "largest diff."]
+    lines = [
+        [row["layer"], row["precision"], number(1e3 * row["library"]["milliseconds"])]
+        + [cell_text(row["cells"][name]) for name in names]
+        + [mebibytes(row["cells"][name].get("extra_bytes")) for name in names]
+        + [scientific(max(cell.get("difference", 0.0) for cell in row["cells"].values()))]
+        for row in rows
+    ]
+    text = (
+        "Squares of the per-sample gradients of ten columns, summed over columns and samples (diag) or over columns "
+        "(batch_diag): time as ratio to the library's weight gradient of one column (in brackets: of torch calls)."
+    )
+    return "\n\n".join([text, table(head, lines), *dropped_lines(results)])
+
+
+def factors_section(results: dict[str, Any]) -> str:
+    """Every convolution, and the sums over the network."""
+    parts = []
+    for precision in dict.fromkeys(row["precision"] for row in results["rows"]):
+        rows = [row for row in results["rows"] if row["precision"] == precision and "cell" in row]
+        lines, sums = [], {"forward": 0.0, "own": 0.0, "composed": 0.0}
+        complete = [row for row in rows if "composed" in row["cell"] and "milliseconds" in row["cell"]]
+        for row in rows:
+            cell = row["cell"]
+            own, unfolded = cell.get("milliseconds"), cell.get("composed", {}).get("milliseconds")
+            lines.append(
+                [row["layer"], str(row["count"]), number(1e3 * row["library"]["milliseconds"])]
+                + [number(1e3 * own) if own else "ERROR", number(1e3 * unfolded) if unfolded else "–"]
+                + [number(unfolded / own) if own and unfolded else "–"]
+                + [number(row["flops"] / own / 1e9) if own else "–"]
+                + [mebibytes(cell.get("extra_bytes")), mebibytes(cell.get("composed", {}).get("extra_bytes"))]
+                + [scientific(cell.get("difference")) + ("" if cell.get("right", True) else " WRONG")]
+            )
+        for row in complete:
+            times = row["library"], row["cell"], row["cell"]["composed"]
+            for name, figures in zip(sums, times, strict=True):
+                sums[name] += row["count"] * figures["milliseconds"]
+        convolutions = sum(row["count"] for row in complete)
+        head = ["convolution", "count", "forward, µs", "factor, µs", "unfold + matmul, µs", "quotient"]
+        head += ["TFLOP/s of the full product", "extra MiB", "unfold + matmul, extra MiB", "diff."]
+        parts += [f"### {precision}", table(head, lines)]
+        parts.append(
+            f"All {convolutions} convolutions: {number(sums['own'])} ms; unfold + matmul {number(sums['composed'])} "
+            f"ms, {number(sums['composed'] / sums['own'])} times as long; forward {number(sums['forward'])} ms."
+            if complete
+            else "No convolution has both times."
+        )
+    return "\n\n".join(parts + dropped_lines(results))
+
+
 def steps_section(results: dict[str, Any]) -> str:
     """One table per model."""
     parts = [f"Not installed: {name} ({reason})." for name, reason in results.get("missing", {}).items()]
@@ -181,7 +243,9 @@ def steps_section(results: dict[str, Any]) -> str:
             parts.append(measured["error"])
             continue
         rows = [
-            [cell["library"], cell["quantity"], number(cell["milliseconds"]), number(cell["ratio"])]
+            [cell["library"], cell["quantity"], "refused", *4 * ["–"]]
+            if "refused" in cell
+            else [cell["library"], cell["quantity"], number(cell["milliseconds"]), number(cell["ratio"])]
             + [
                 mebibytes(cell.get("extra_bytes")),
                 "–" if cell["relative_error"] is None else f"{cell['relative_error']:.1e}",
@@ -200,6 +264,8 @@ def steps_section(results: dict[str, Any]) -> str:
             "parameters without result",
         ]
         parts.append(table(head, rows))
+    if parts:
+        parts.append("The relative error of DiagGGNMC and KFAC is the noise of one sampled column.")
     parts += [f"Dropped for lack of time: {name}." for name in results.get("dropped", [])]
     return "\n\n".join(parts)
 
@@ -218,6 +284,8 @@ def markdown(results: dict[str, Any]) -> str:
         "tests": ("Tests", tests_section),
         "sanitizer": ("compute-sanitizer", sanitizer_section),
         "kernels": ("Kernels", lambda part: kernels_section(part, facts["dry_run"])),
+        "columns": ("Column statistics", columns_section),
+        "factors": ("Kronecker factors of ResNet-50, N = 128", factors_section),
         "steps": ("Training steps (TF32)", steps_section),
     }
     for name, (title, section) in sections.items():

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 
 import torch
 from gpu_shapes import Layer
+from torch.nn.functional import unfold
 
 import backpack_cuda  # noqa: F401  (loads the operators)
-from backpack_cuda.ops import composite
+from backpack_cuda.ops import composite, dispatch
 from backpack_cuda.ops.geometry import ConvGeometry
 
 LAYERS = [
@@ -74,6 +75,47 @@ def check(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
         raise SystemExit(f"WRONG: {what}: error {error:.1e} at size {size:.1e}")
 
 
+def run_columns(layer: Layer, input: torch.Tensor, grad_output: torch.Tensor, what: str) -> int:
+    """Column statistics of three columns, with signs; the number of calls."""
+    columns = torch.stack([grad_output, -grad_output.roll(1, 0), grad_output.roll(1, -1)])  # [V, N, ...]
+    signs = torch.tensor([1.0, -1.0, 2.0])[:, None].expand(3, layer.samples).contiguous()
+    rows = []  # of each column, weight and bias: G_vn
+    for column in columns:
+        results = expected_results(layer, input, column)
+        rows.append((results[1], results[6]))
+    arguments = input, columns, signs.to(input.device), 7, 7
+    if layer.linear:
+        made = dispatch.linear_column_stats(*arguments)
+    else:
+        made = dispatch.conv_column_stats(ConvGeometry(*layer.sizes()), *arguments)
+    bias = dispatch.bias_column_stats(columns, -1 if layer.linear else 2, arguments[2], 7)
+    for name, stats, index in (("weight", made[0], 0), ("bias", made[1], 1), ("bias alone", bias, 1)):
+        factor = torch.stack([row[index] for row in rows])  # [V, N, *P]
+        batch_diag = torch.einsum("vn,vn...->n...", signs.double(), factor.square())
+        check(f"{what}, factor of the {name}", stats.factor, factor)
+        check(f"{what}, batch_diag of the {name}", stats.batch_diag, batch_diag)
+        check(f"{what}, diag of the {name}", stats.diag, batch_diag.sum(0))
+    return 2
+
+
+def run_factor(layer: Layer, input: torch.Tensor, what: str) -> int:
+    """The input's Kronecker factor, without and with the homogeneous coordinate; the number of calls."""
+    x, scale = input.cpu().double(), 0.5
+    if layer.linear:
+        rows = x.reshape(1, -1, layer.inputs)
+        made = [dispatch.linear_kron_factor(input, scale, homogeneous=h)[None] for h in (False, True)]
+    else:
+        patches = unfold(x, layer.kernel, padding=layer.padding, stride=layer.stride)  # [N, C * k * k, T]
+        rows = patches.unflatten(1, (layer.groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)  # [groups, N * T, D]
+        geometry, positions = ConvGeometry(*layer.sizes()), (layer.output_size,) * 2
+        made = [dispatch.conv_kron_factor(input, geometry, positions, scale, homogeneous=h) for h in (False, True)]
+        made = [factor if layer.groups > 1 else factor[None] for factor in made]
+    for factor, homogeneous in zip(made, (False, True), strict=True):
+        full = torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if homogeneous else rows
+        check(f"{what}, factor, homogeneous={homogeneous}", factor, scale * full.mT @ full)
+    return 2
+
+
 def run_layer(layer: Layer, device: str, dtype: torch.dtype, tf32: bool) -> int:
     """Every set of results of one layer; the number of calls."""
     input, grad_output = operands(layer, device, dtype)
@@ -97,7 +139,8 @@ def run_layer(layer: Layer, device: str, dtype: torch.dtype, tf32: bool) -> int:
         torch.ops.backpack_cuda.bias_grad_stats(grad_output, channel_dim, 31), expected[5:], strict=True
     ):
         check(f"{what}, bias", value, reference)
-    return len(WANTS) + 2
+    calls = run_columns(layer, input, grad_output, what) + run_factor(layer, input, what)
+    return len(WANTS) + 2 + calls
 
 
 def main() -> None:

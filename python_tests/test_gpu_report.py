@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from helpers import named, subprocess_environment
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-MODULES = ("gpu_shapes", "gpu_kernels", "gpu_tables", "gpu_report", "sanitizer_program")
+MODULES = ("gpu_shapes", "gpu_kernels", "gpu_second_order", "gpu_tables", "gpu_report", "sanitizer_program")
 PRECISIONS = ("bf16", "tf32", "highest")
 
 
@@ -42,7 +43,7 @@ def test_a_dry_run_has_every_part(dry_run):
     report = json.loads((dry_run / "gpu_report.json").read_text())
     facts, parts = report["conditions"], report["parts"]
     assert facts["dry_run"] and facts["torch"] == torch.__version__ and facts["date"] and facts["device"]
-    assert list(parts) == ["tests", "sanitizer", "kernels", "steps"]
+    assert list(parts) == ["tests", "sanitizer", "kernels", "columns", "factors", "steps"]
     assert not [part for part in parts if "error" in parts[part]]
     assert parts["tests"]["passed"] > 50 and parts["tests"]["failed"] == 0 and parts["tests"]["exit_status"] == 0
     assert parts["sanitizer"]["plain"]["exit_status"] == 0
@@ -68,6 +69,21 @@ def test_a_dry_run_measures_every_quantity(dry_run, benchmarks):
     assert all(row["difference"] < 1e-6 for row in kernels["outer_norm"])
 
 
+def test_a_dry_run_measures_second_order(dry_run, benchmarks):
+    """Column statistics of every family, Kronecker factors in both modes of float32."""
+    parts = json.loads((dry_run / "gpu_report.json").read_text())["parts"]
+    columns, factors = parts["columns"]["rows"], parts["factors"]["rows"]
+    assert len(columns) == len(benchmarks.gpu_shapes.FAMILIES) * len(PRECISIONS)
+    assert {row["precision"] for row in factors} == {"tf32", "highest"} and len(factors) == 8
+    cells = [(row["layer"], cell) for row in columns for cell in row["cells"].values()]
+    for layer, cell in cells + [(row["layer"], row["cell"]) for row in factors]:
+        assert not [field for field in cell if "error" in field or field == "skipped"], (layer, cell)
+        assert cell["right"], f"{layer}: off by {cell['difference']}"
+        assert cell["milliseconds"] > 0 and cell["composed"]["milliseconds"] > 0
+    text = (dry_run / "gpu_report.md").read_text()
+    assert "batch_diag" in text and "unfold + matmul" in text and "WRONG" not in text
+
+
 def test_a_dry_run_has_whole_steps(dry_run):
     steps = json.loads((dry_run / "gpu_report.json").read_text())["parts"]["steps"]
     assert len(steps["models"]) == 3
@@ -77,6 +93,9 @@ def test_a_dry_run_has_whole_steps(dry_run):
         for library in ("backpack_cuda", "torch_func"):
             assert cells[library, "together"]["relative_error"] < 1e-4
             assert cells[library, "together"]["missing"] == 0
+        second = [cells[key] for key in cells if key[0] == "backpack_cuda" and key[1] in ("DiagGGNMC", "KFAC")]
+        assert len(second) == (2 if "resnet18" in name else 0)
+        assert all(cell["milliseconds"] > 0 and cell["missing"] == 0 for cell in second)
     assert {"backpack_cuda", "torch_func"} <= set(steps["versions"])
 
 
@@ -84,7 +103,7 @@ def test_a_dry_run_says_that_it_is_one(dry_run):
     text = (dry_run / "gpu_report.md").read_text()
     assert "DRY RUN" in text and "no number below says anything about a GPU" in text
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert len(headings) == 4 and all("(dry run)" in line for line in headings)
+    assert len(headings) == 6 and all("(dry run)" in line for line in headings)
     assert "### Targets" not in text
 
 
@@ -128,8 +147,8 @@ def resnet50_convolutions():
 
 def test_resnet50_has_these_convolutions(benchmarks):
     layers = benchmarks.gpu_shapes.RESNET50
-    listed = {(layer.inputs, layer.outputs, layer.size, layer.kernel, layer.stride) for layer in layers}
-    assert listed == set(resnet50_convolutions())
+    listed = {(layer.inputs, layer.outputs, layer.size, layer.kernel, layer.stride): layer.count for layer in layers}
+    assert listed == Counter(resnet50_convolutions()) and sum(listed.values()) == 53
 
 
 def test_the_order_in_which_groups_are_dropped(benchmarks):
