@@ -16,6 +16,8 @@ from op_cases import CASES, HALVES, TOLERANCES, Tolerance, assert_stats, conv, l
 from oracle import FIELDS, Stats
 from property_testing import HealthCheck, given, settings
 from test_column_stats import columns_of, loop, some_signs, squares
+from test_kron_factor import NAMED as KRON_CASES
+from test_kron_factor import ROWS, assert_exact, outer_products
 from test_ops_geometry import conv_cases, linear_cases
 
 CONTRACT, SEPARATE, DEPTHWISE = {"way": 1}, {"way": 2}, {"way": 3}
@@ -292,6 +294,45 @@ def test_middle_dims_that_do_not_merge(device):
     case = replace(linear((2, 2, 3, 2, 3, 5), 4), input_layout="strided", grad_output_layout="strided")
     check_random(case, {}, device)
     check_random(case, CONTRACT, device)
+
+
+KRON_PATHS = {
+    "patches": {"way": 1},
+    "patches, large tiles": {"way": 1, "tile": 2},
+    "lags": {"way": 2},
+    "lags, large tiles": {"way": 2, "tile": 2},
+    "lags, split": {"way": 2, "splits": 3},
+    "lanes along the positions": {"loader": 3, "splits": 2},
+    "lanes along the columns": {"loader": 4},
+    "a large chip": {"sm_count": 132},
+}
+
+
+@named("options", KRON_PATHS)
+@named("case", KRON_CASES)
+def test_kronecker_factors_of_patches(case, options, device):
+    """Small integers: exact in every precision."""
+    if case.groups > 8 and options.get("way") == 2:
+        pytest.skip("a tile for every lag and group, almost empty: slow on the harness")
+    for dtype, tf32 in ((torch.float32, True), (torch.bfloat16, False)):
+        x = case.integers(device, dtype)
+        out = torch.full((case.groups, case.size, case.size), float("nan"), device=device)
+        sizes = (case.kernel, case.stride, case.padding, case.dilation, case.positions, case.groups)
+        with cuda_options(device, **options) as operators:
+            operators.conv_kron_factor(out, x, *sizes, 1.0, 0.0, case.homogeneous, tf32)
+        assert_exact(out, case.oracle(x))
+
+
+@named("options", KRON_PATHS)
+@named("shape", ROWS)
+def test_kronecker_factors_of_rows(shape, options, device):
+    for homogeneous in (False, True):
+        x = torch.randint(-3, 4, shape).float().to(device)
+        rows, size = x.cpu().double().reshape(1, -1, shape[-1]), shape[-1] + homogeneous
+        out = torch.ones(size, size, device=device)
+        with cuda_options(device, **options) as operators:
+            operators.linear_kron_factor(out, x, 0.5, 2.0, homogeneous, False)
+        assert_exact(out, 0.5 * outer_products(rows, homogeneous)[0] + 2)
 
 
 NON_FINITE_CASES = some(
