@@ -297,6 +297,26 @@ def test_flattened_logits(flattened, ignored, device):
             assert_close(name, parameter.diag_ggn_mc, expected.diag(name), 0.5)
 
 
+def test_the_hessian_of_flattened_logits(device):
+    """With a linear mixture of positions in between, which the Hessian's diagonal may pass."""
+    stock, inputs = nn.Sequential(nn.Linear(3, 4), Positions(), nn.Linear(4, 5)).double(), torch.randn(3, 4, 3).double()
+    targets = torch.randint(5, (12,))
+    expected = hessian_diagonals(stock, lambda f: F.cross_entropy(f.flatten(0, 1), targets), inputs)
+    model, loss = extend(stock).to(device), extend(nn.CrossEntropyLoss())
+    with backpack(DiagHessian()):
+        loss(model(inputs.to(device)).flatten(0, 1), targets.to(device)).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(name, parameter.diag_h, expected[name].sum(0), 1e-9)
+
+
+class Positions(nn.Module):
+    """Sigmoid, and the mean over the positions added to each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)
+        return x + x.mean(1, keepdim=True)
+
+
 @pytest.mark.parametrize(
     "flattened", [lambda f: f.transpose(0, 1).flatten(0, 1), lambda f: f.flatten(0, 1).flip(0)], ids=["t-major", "flip"]
 )
@@ -589,8 +609,9 @@ def gradient_of(model: nn.Module, total: Tensor) -> list[Tensor]:
 DIFFERENTIABLE = some(MODELS, "mlp", "cnn", "tokens, mse", "tied weights", "layer norm")
 
 
+@pytest.mark.parametrize("budget", [None, 1])
 @named("case", DIFFERENTIABLE)
-def test_derivatives_of_exact_quantities(case, device):
+def test_derivatives_of_exact_quantities(case, budget, device):
     """Under create_graph=True: gradients of functions of DiagGGNExact and BatchDiagGGNExact, against the oracle's."""
     inputs, targets = case.data()
     stock = case.stock()
@@ -599,7 +620,7 @@ def test_derivatives_of_exact_quantities(case, device):
         weighted(expected.batch_diag(name), inputs) + expected.diag(name).sin().sum() for name in expected.jacobian
     )
     model, loss = case.prepared().to(device), extend(case.loss)
-    with backpack(DiagGGNExact(), BatchDiagGGNExact()):
+    with backpack(DiagGGNExact(), BatchDiagGGNExact(), memory_budget=budget):
         value = loss(model(inputs.to(device)), targets.to(device))
         torch.autograd.grad(value, list(model.parameters()), create_graph=True)
     total = sum(
@@ -845,6 +866,14 @@ def test_known_losses_without_second_order_quantities(device):
         loss(model(inputs), targets).mean().backward()
     assert_quantities(model, PLAIN.expected(*PLAIN.data()))
     extend(nn.L1Loss())(model(inputs), torch.zeros(len(inputs), 3, device=device)).backward()
+
+
+def test_a_prediction_without_a_model(device):
+    """The loss' first argument is a leaf, not what an extended model returned."""
+    model, loss, inputs, targets, _ = prepare(PLAIN, device)
+    with backpack(DiagGGNExact()), pytest.raises(RuntimeError, match="extended model"):
+        loss(model(inputs).detach().requires_grad_(), targets).backward()
+    assert_nothing_saved(model)
 
 
 def test_a_graph_that_was_freed(device):

@@ -1,5 +1,6 @@
 """Exact GGN quantities and the Hessian's diagonal on whole models, against dense per-sample Jacobians and Hessians."""
 
+import copy
 import itertools
 
 import pytest
@@ -76,6 +77,23 @@ def test_random_architectures(seed, device):
     backward(model, case.loss.to(device), case.inputs.to(device), targets, *exact_extensions(), kflr)
     assert_exact_ggn(model, expected)
     assert_factors(model, "kflr", factors)
+
+
+@pytest.mark.parametrize("seed", range(1000, 1000 + examples(60)))
+def test_random_architectures_in_float32(seed, device):
+    """Against float64 at the same rounded parameters and inputs; columns a few at a time."""
+    case = random_case(seed)
+    stock, inputs = case.model.float().double(), case.inputs.float().double()
+    loss, targets = copy.deepcopy(case.loss).double(), case.targets
+    expected = curvature(stock, lambda outputs: loss(outputs, targets), inputs)
+    model, loss = stock.to(device, torch.float32), loss.to(device, torch.float32)
+    targets = targets.to(device, torch.float32) if targets.is_floating_point() else targets.to(device)
+    backward(model, loss, inputs.float().to(device), targets, *exact_extensions(), memory_budget=2000)
+    largest = max(expected.batch_diag(name).abs().max().item() for name in expected.jacobian)
+    for name, parameter in trained(model).items():
+        size = max(largest, 1e-6)
+        assert_close(name, parameter.diag_ggn_exact_batch, expected.batch_diag(name), 1e-4, size)
+        assert_close(name, parameter.diag_ggn_exact, expected.diag(name), 1e-4, size)
 
 
 @pytest.mark.parametrize("seed", range(examples(100)))
