@@ -319,6 +319,7 @@ class Pass:
         self.waiting: list[tuple[nn.Module, set[int], Tensor | None]] = []  # modules whose hook is due, in order
         # By ids of (parameter, extension): what the losses contributed so far; None where there is no result.
         self.curvature: dict[tuple[int, int], object] = {}
+        self.factor_nodes: dict[tuple[int, int], frozenset[int]] = {}  # of Kronecker factors: ids of the uses' nodes
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
         self._saved: list[tuple[nn.Parameter, str]] = []  # results of this pass
 

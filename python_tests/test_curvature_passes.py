@@ -195,6 +195,22 @@ def test_two_losses_of_one_backward_pass(case, device):
     assert_exact_ggn(model, added(first, second, 3.0))
 
 
+def test_two_losses_of_batches_of_different_size(device):
+    """Sums over the samples add up; results per sample do not belong together."""
+    model, loss, inputs, targets, first = prepare(PLAIN, device)
+    few, their_targets = inputs[:1] * 0.5, targets[:1]
+    second = curvature(PLAIN.stock(), lambda f: PLAIN.loss(f, their_targets.cpu()), few.cpu())
+    with backpack(DiagGGNExact()):
+        (loss(model(inputs), targets) + loss(model(few), their_targets)).backward()
+    for name, parameter in model.named_parameters():
+        assert_close(name, parameter.diag_ggn_exact, first.diag(name) + second.diag(name), 1e-9)
+        del parameter.diag_ggn_exact
+    for make in (BatchDiagGGNExact, SqrtGGNExact):
+        with backpack(DiagGGNExact(), make()), pytest.raises(ValueError, match="samples|batch size"):
+            (loss(model(inputs), targets) + loss(model(few), their_targets)).backward()
+        assert_nothing_saved(model)
+
+
 def test_two_kinds_of_losses(device):
     """Two heads, cross-entropy and MSE, each with its own extended loss."""
 

@@ -8,7 +8,7 @@ from helpers import assert_close, named, some
 from model_cases import LAYERS, MODELS, SelfAttention, Shared, Tied
 from torch import Tensor, nn
 
-from backpack_cuda import extend
+from backpack_cuda import backpack, extend
 from backpack_cuda.extensions import KFAC, KFLR, DiagGGNExact
 
 # Name -> (layer, shape of a batch of inputs); each is followed by Tanh, Flatten and a Linear layer.
@@ -268,6 +268,34 @@ def test_a_scaled_loss_scales_the_empirical_factor(scale, device):
     for plain, scaled in zip(*results, strict=True):
         assert_close("B", scaled[0], scale * plain[0].cpu(), 1e-12)
         assert all(torch.equal(a, b) for a, b in zip(plain[1:], scaled[1:], strict=True))
+
+
+@pytest.mark.parametrize("make", [KFLR, KFAC])
+def test_two_losses(make, device):
+    """Of one output: B of the sum. Of different inputs: A would be that of either, so that it is refused."""
+    torch.manual_seed(0)
+    model = model_around(nn.Linear(4, 3), (4, 4))
+    inputs, targets = data_for(model, (4, 4))
+    values = torch.randn(4, 3, dtype=torch.float64)
+
+    def total(f: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(f, targets) + nn.functional.mse_loss(f, values)
+
+    expected = curvature(model, total, inputs)
+    factors = expected_factors(model, inputs, square_root(expected.hessian), "backpack")
+    entropy, square = extend(nn.CrossEntropyLoss()), extend(nn.MSELoss())
+    extend(model.to(device))
+    x, y, z = inputs.to(device), targets.to(device), values.to(device)
+    outputs = model(x)
+    with backpack(make()):
+        (entropy(outputs, y) + square(outputs, z)).backward()
+    if make is KFLR:
+        assert_factors(model, "kflr", factors)
+    for parameter in model.parameters():
+        del parameter.__dict__[make().savefield]
+    with backpack(make()), pytest.raises(NotImplementedError, match="different uses"):
+        (entropy(model(x), y) + square(model(2 * x), z)).backward()
+    assert_nothing_saved(model)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

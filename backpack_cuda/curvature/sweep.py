@@ -380,6 +380,12 @@ class Sweep:
                 factors = [output] if input is None else [output, input]
             else:
                 factors = [factors[0] + output, *factors[1:]]
+            nodes = frozenset(id(layer.node) for layer, _ in self.uses[id(parameter)])
+            if self.state.factor_nodes.setdefault(key, nodes) != nodes:
+                raise NotImplementedError(
+                    f"{ext}: the losses of this backward pass reach {type(module).__name__}.{name} through different "
+                    "uses, whose input factors have no sum; call backward() for each loss, or one loss on all outputs"
+                )
         except NoKroneckerFactors as reason:
             factors = None
             ext.without_factors(module, reason)

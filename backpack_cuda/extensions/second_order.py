@@ -81,6 +81,14 @@ class ColumnExtension(SecondOrderExtension):
         """The result to save."""
         return result
 
+    def _check_samples(self, first: int, second: int) -> None:
+        """For quantities with a sample dimension, to which several losses contribute."""
+        if first != second:
+            raise ValueError(
+                f"{self}: the losses of one backward pass see {first} and {second} samples: which belong together is "
+                "unknown; call backward() for each loss"
+            )
+
 
 class _Diagonal(ColumnExtension):
     want = ColumnWant.DIAG
@@ -93,8 +101,10 @@ class _BatchDiagonal(ColumnExtension):
     want = ColumnWant.BATCH_DIAG
 
     def update(self, result, stats: ColumnStats, begin: int, total: int) -> Tensor:
-        # Not in place: other quantities may hold the same statistics.
-        return stats.batch_diag if result is None else result + stats.batch_diag
+        if result is None:
+            return stats.batch_diag
+        self._check_samples(len(result), len(stats.batch_diag))
+        return result + stats.batch_diag  # not in place: other quantities may hold the same statistics
 
 
 class _SquareRoot(ColumnExtension):
@@ -103,6 +113,8 @@ class _SquareRoot(ColumnExtension):
     def update(self, result, stats: ColumnStats, begin: int, total: int) -> list[Tensor]:
         factor = stats.factor  # [V_c, N, *P]
         result = [] if result is None else result  # one entry per loss
+        if result:
+            self._check_samples(result[0].shape[1], factor.shape[1])
         if len(factor) == total:
             result.append(factor)
         elif torch.is_grad_enabled():
