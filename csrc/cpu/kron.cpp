@@ -25,8 +25,10 @@ namespace backpack_cuda::cpu {
 namespace {
 
 using torch::stable::parallel_for;
-constexpr int64_t kDepthBytes = 24 << 10;  // of a panel of columns: stays in the L1 cache
-constexpr int64_t kLargestTile = 1 << 10;  // elements
+constexpr int64_t kDepthBytes = 24 << 10;   // of a panel of columns: stays in the L1 cache
+constexpr int64_t kSplitRows = 256;         // at least, for a split of its own
+constexpr int64_t kTaskProducts = 4 << 10;  // positions times tiles that are worth a thread
+constexpr int64_t kLargestTile = 1 << 10;   // elements
 // Classes of three dims together, with a lag of zero or a positive one.
 struct KronClass {
   std::array<const LagClass*, 3> axes;
@@ -121,8 +123,12 @@ class KronFactor {
           strips_.push_back(
               {block, panel, c, first, lags.pieces() * (plan_.panels - first) * plan_.tile_size(), 0});
         }
-    splits_ = std::clamp<int64_t>(ceil_div(kKronItems, std::max<int64_t>(int64_t(strips_.size()), 1)), 1,
-                                  kKronItems);
+    // Few tiles: threads share the rows, where there are many.
+    int64_t tiles = 0;
+    for (const Strip& strip : strips_) tiles += plan_.panels - strip.first_panel;
+    const int64_t rows = source_.samples * product(source_.positions);
+    splits_ = std::clamp<int64_t>(
+        std::min(ceil_div(kKronItems, std::max<int64_t>(tiles, 1)), rows / kSplitRows), 1, kKronItems);
     stores_tiles_ = plan_.outer == 1 && !plan_.lanes_are_groups && splits_ == 1;
   }
 
@@ -144,7 +150,8 @@ class KronFactor {
         if (chunks > 1 || strip_begin == 0) pack_.pack(slab, n, samples, packed_);  // a single chunk stays
         place_pieces(slab, samples);
         const int64_t count = int64_t(tiles.size());
-        parallel_for(0, count * splits_, 1, [&](int64_t begin, int64_t end) {
+        const int64_t grain = ceil_div(kTaskProducts, samples * slab.positions() / splits_ + 1);
+        parallel_for(0, count * splits_, grain, [&](int64_t begin, int64_t end) {
           // A few rows at a time, whose panel of columns is still in the L1 cache for the next tile.
           for (int64_t depth = 0; depth < depths_; ++depth)
             for (int64_t i = begin; i < end; ++i) {

@@ -6,6 +6,8 @@ namespace backpack_cuda::cpu {
 
 using torch::stable::parallel_for;
 
+constexpr int64_t kTaskElements = 16 << 10;  // that are worth a thread
+
 template <class Acc>
 KronPack<Acc>::KronPack(const KronPlan<Acc>& plan)
     : plan_(plan), source_(plan.source), kernels_(kernels<Acc>()) {
@@ -50,7 +52,8 @@ void KronPack<Acc>::pack(const KronSlab& slab, int64_t first, int64_t samples, A
                 blocks = plan_.group_blocks;
   const int64_t parts = std::clamp<int64_t>(ceil_div(kKronItems, samples * blocks), 1, lines * width);
   const bool by_lines = lines >= parts;
-  parallel_for(0, samples * blocks * parts, 1, [&](int64_t begin, int64_t end) {
+  const int64_t items = samples * blocks * parts, elements = samples * lines * width * plan_.position_size();
+  parallel_for(0, items, ceil_div(kTaskElements * items, elements + 1), [&](int64_t begin, int64_t end) {
     std::vector<Acc> window(
         plan_.unfolds() ? plan_.groups_in(0) * plan_.channels * window_lines() * window_width() : 0);
     for (int64_t i = begin; i < end; ++i) {
