@@ -14,10 +14,11 @@ from harness_tools import reason_to_skip
 from helpers import named, some
 from op_cases import CASES, HALVES, TOLERANCES, Tolerance, assert_stats, conv, linear, want_bits
 from oracle import FIELDS, Stats
-from property_testing import HealthCheck, given, settings
+from property_testing import HealthCheck, given, settings, st
 from test_column_stats import columns_of, loop, some_signs, squares
 from test_kron_factor import NAMED as KRON_CASES
 from test_kron_factor import ROWS, assert_exact, outer_products
+from test_kron_factor import calls as kron_calls
 from test_ops_geometry import conv_cases, linear_cases
 
 CONTRACT, SEPARATE, DEPTHWISE = {"way": 1}, {"way": 2}, {"way": 3}
@@ -321,6 +322,25 @@ def test_kronecker_factors_of_patches(case, options, device):
         with cuda_options(device, **options) as operators:
             operators.conv_kron_factor(out, x, *sizes, 1.0, 0.0, case.homogeneous, tf32)
         assert_exact(out, case.oracle(x))
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(
+    case=kron_calls(),
+    way=st.sampled_from((1, 2)),
+    loader=st.sampled_from((0, 3, 4)),
+    splits=st.sampled_from((0, 1, 2, 7)),
+    dtype=st.sampled_from((torch.float32, torch.bfloat16)),
+)
+def test_random_kronecker_factors_of_patches(case, way, loader, splits, dtype, device):
+    """With a running average, of which the lower triangle is not read."""
+    x = case.integers(device, dtype)
+    before = torch.randint(-3, 4, (case.groups, case.size, case.size)).float().triu()
+    out = (before + torch.ones_like(before).tril(-1)).to(device)
+    sizes = (case.kernel, case.stride, case.padding, case.dilation, case.positions, case.groups)
+    with cuda_options(device, way=way, loader=loader, splits=splits) as operators:
+        operators.conv_kron_factor(out, x, *sizes, -2.0, 3.0, case.homogeneous, True)
+    assert_exact(out, -2 * case.oracle(x) + 3 * (before + before.triu(1).mT).double())
 
 
 @named("options", KRON_PATHS)
