@@ -77,6 +77,9 @@ OPERATOR_LIBRARY(m) {
       " bool tf32=False) -> ()");
   // [N, I], [N, O] -> [N]: |input_n|^2 * |grad_output_n|^2, the squared norms of the outer products.
   m.def("outer_norm(Tensor input, Tensor grad_output) -> Tensor");
+  // An uninitialised tensor for a result, float64 for a float64 `like` and float32 for others, in memory that
+  // earlier results have left; on the CPU.
+  m.def("_empty_result(Tensor like, int[] size) -> Tensor");
   // Sets a switch of the CPU kernels, for tests, and returns its former value.
   m.def("_cpu_option(str name, int value) -> int");
   // The same for the CUDA kernels; implemented where these are built.

@@ -23,6 +23,7 @@ from backpack_cuda.curvature.residuals import check_samples_apart, residual_sour
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
+from backpack_cuda.ops import dispatch
 from backpack_cuda.per_sample import (
     ColumnUse,
     LoopedColumns,
@@ -30,7 +31,7 @@ from backpack_cuda.per_sample import (
     NoPerSampleGradients,
     merge_columns,
 )
-from backpack_cuda.stats import ColumnStats, ColumnWant, Want
+from backpack_cuda.stats import ColumnStats, ColumnWant, Want, statistics_dtype
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_BUDGET = 1 << 30
@@ -435,7 +436,10 @@ def _own(result: Tensor, storages: set[int]) -> Tensor:
     """
     storage = result.untyped_storage()
     if storage.data_ptr() in storages or storage.nbytes() != result.numel() * result.element_size():
-        result = result.clone(memory_format=torch.contiguous_format)
+        if torch.is_grad_enabled() or result.dtype != statistics_dtype(result.dtype):
+            result = result.clone(memory_format=torch.contiguous_format)
+        else:
+            result = dispatch.empty_result(result, result.shape).copy_(result)
         storage = result.untyped_storage()
     if result.numel():
         storages.add(storage.data_ptr())

@@ -116,10 +116,20 @@ def conv_weighted_grad(geometry: ConvGeometry, input: Tensor, grad_output: Tenso
         return composite.conv_weighted_grad(geometry, input, grad_output, weights)
 
 
+def empty_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised tensor in the type of statistics.
+
+    On the CPU in memory that earlier results have left: page faults of fresh memory can cost more than the result.
+    """
+    if like.is_cpu and _use_kernel("_empty_result", like.detach()):
+        return torch.ops.backpack_cuda._empty_result(like, shape)
+    return like.new_empty(shape, dtype=statistics_dtype(like.dtype))
+
+
 def _running_average(shape: tuple[int, ...], x: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor]:
     """Where to put a Kronecker factor: the result, and a contiguous tensor for the kernel to write."""
     if out is None:
-        out = x.new_empty(shape, dtype=statistics_dtype(x.dtype))
+        out = empty_result(x, shape)
     else:
         torch.autograd.graph.increment_version(out)  # autograd does not see the kernel write
     return out, out.contiguous()
