@@ -25,10 +25,12 @@ namespace backpack_cuda::cpu {
 namespace {
 
 using torch::stable::parallel_for;
+
 constexpr int64_t kDepthBytes = 24 << 10;   // of a panel of columns: stays in the L1 cache
 constexpr int64_t kSplitRows = 256;         // at least, for a split of its own
 constexpr int64_t kTaskProducts = 4 << 10;  // positions times tiles that are worth a thread
 constexpr int64_t kLargestTile = 1 << 10;   // elements
+
 // Classes of three dims together, with a lag of zero or a positive one.
 struct KronClass {
   std::array<const LagClass*, 3> axes;
