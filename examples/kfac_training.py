@@ -8,12 +8,12 @@ gradient G [out, in]:
     (B (x) A)^-1 vec(G) = vec(B^-1 G A^-1)
 
 As in these papers, the factors are running averages, are damped before they are inverted, and an update that would
-change the predictions too much is shortened. Since they change slowly, only every fifth step renews them.
+change the predictions too much is shortened. Since they change slowly, only every second step renews them.
 
 All three optimisers train the same network from the same weights with the same batches and take turns, step by step, so
 that they share whatever else the machine does. Each has the best of eight settings, see GRID; ``--tune`` repeats that
 search. The network has tanh activations and no normalisation, which makes it ill-conditioned: with ReLU, these digits
-are so easy that Adam needs as few steps as KFAC.
+are so easy that Adam needs as few steps as KFAC. A step of KFAC takes longer, the more so in a network this small.
 
     python examples/kfac_training.py [--epochs 10] [--seed 0] [--out kfac_training.png]
 """
@@ -73,7 +73,8 @@ class Settings:
     train_samples: int = 1437  # of 1797; the rest is for testing
     target_loss: float = 0.01  # how fast the optimisers reach this training loss is reported
     evaluate_every: int = 5  # steps
-    renew_every: int = 5  # steps of KFAC, that share Kronecker factors
+    renew_every: int = 2  # steps of KFAC that share Kronecker factors
+    mc_samples: int = 4  # of the factors B
     seed: int = 0
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     out: str = "kfac_training.png"
@@ -223,7 +224,7 @@ class Run:
             loss.backward()
         else:
             if number % self.settings.renew_every == 0:
-                with backpack(KFAC(convention="expand")):
+                with backpack(KFAC(mc_samples=self.settings.mc_samples, convention="expand")):
                     loss.backward()
                 self.preconditioner.renew()
             else:
@@ -328,6 +329,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Settings, bool]
         "target_loss": "report how fast this training loss is reached",
         "evaluate_every": "steps between two points of a curve",
         "renew_every": "steps of KFAC that share Kronecker factors",
+        "mc_samples": "sampled columns that KFAC's factors are made of",
         "out": "the picture",
     }
     for option in fields(Settings):
