@@ -65,16 +65,17 @@ def test_columns(precision):
         assert done.returncode == 0, f"{job}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    full = [([loader], "full", 0) for loader in [*LOADERS, *OTHERS]]
-    small = [([*LOADERS, *OTHERS], "small", seed) for seed in SEEDS[:3]]
+    everything = [*LOADERS, *OTHERS]
+    jobs = [(everything, "small", seed) for seed in SEEDS[:2]]
+    if precision in ("tf32", "bfloat16"):  # the others differ in arithmetic only
+        jobs += [([loader], "full", 0) for loader in everything]
     with ThreadPoolExecutor(2) as pool:
-        outputs = list(pool.map(run_one, full + small))
-    assert len(set(outputs[len(full) :])) == 1, outputs
+        outputs = list(pool.map(run_one, jobs))
+    assert outputs[0] == outputs[1], outputs
 
 
 @needs_harness
-@pytest.mark.parametrize("sanitizer", ["thread", "address"])
-@pytest.mark.parametrize("precision", ["tf32", "bfloat16"])  # the others differ in arithmetic only
+@pytest.mark.parametrize("precision, sanitizer", [("tf32", "thread"), ("bfloat16", "address")])
 def test_columns_under_sanitizers(precision, sanitizer):
     """With several blocks at a time, for races between them, and buffers without slack."""
     library = build(precision, sanitizer=sanitizer, patches=[SMALL_TILE])
@@ -169,4 +170,4 @@ def test_fault_planted_in_columns_is_caught(faulty_libraries, name):
         options = {"sanitizer": fault.sanitizer, "CUDA_ON_CPU_SEED": seed}
         return run(library, "tf32", loaders, "small", *flags, **options)
 
-    check_fault(fault, run_one)
+    check_fault(fault, run_one, seeds=SEEDS[:2])

@@ -13,6 +13,7 @@ from helpers import subprocess_environment
 
 FILES = [
     "test_backward_passes.py",
+    "test_column_stats.py",
     "test_first_order.py",
     "test_kron_factor.py",
     "test_layers.py",
@@ -21,8 +22,17 @@ FILES = [
     "test_outer_norm.py",
     "test_weighted_grad.py",
 ]
-# Parts of names: tests of tools, of the CPU kernels alone, and of sums too long for the harness.
-LEFT_OUT = ["opcheck", "compile", "every_way", "peak_memory", "thread_counts", "long_sums"]
+# Parts of names: tests of tools, of composites, of the CPU kernels alone, and of sums too long for the harness.
+LEFT_OUT = [
+    "opcheck",
+    "compile",
+    "gradcheck",
+    "instruction_sets",
+    "every_way",
+    "peak_memory",
+    "thread_counts",
+    "long_sums",
+]
 
 
 @pytest.fixture(scope="module")
