@@ -156,12 +156,14 @@ void launch_contract(const OuterProblem& p, const ColumnOutputs& columns, const 
   params.vector_stores =
       params.I % 4 == 0 && aligned(columns.factor) && aligned(columns.batch_diag) && aligned(columns.diag);
   params.signs = columns.signs;
-  if (parts || (plan.splits > 1 && columns.diag)) params.partial_sums = sums;
-  if (!parts) {  // else all this is the second pass's
+  if (parts) {
+    params.parts = sums;
+  } else {  // else all this is the second pass's
     params.squares = columns.batch_diag || columns.diag;
     params.factor = columns.factor;
     params.batch_diag = columns.batch_diag;
     params.diag = columns.diag;
+    if (plan.splits > 1 && columns.diag) params.partial_sums = sums;
   }
   kColumnLaunchers[static_cast<int>(plan.precision)](params, plan.loader, plan.tile, stream);
   if (parts) {

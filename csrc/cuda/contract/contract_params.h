@@ -46,6 +46,7 @@ struct ContractParams {
   bool squares;         // batch_diag or diag is wanted
   const float* signs;   // [V, N], or null
   void* factor;         // [V, N, R, I], or null
+  float* parts;         // [N, V, t_splits, R, I] with splits of the positions, and nothing else; or null
   float* batch_diag;    // [N, R, I], or null
   float* diag;          // [R, I], or null; splits leave parts of it in partial_sums
 };

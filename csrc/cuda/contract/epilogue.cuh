@@ -189,9 +189,10 @@ class ColumnsEpilogue : public TileEpilogue<Traits> {
       Element* const out = static_cast<Element*>(params_.factor) + row * elements();
       store(out, [&](int m, int r, int run, int e) { return Fragments::value(g, m, r, run, e); });
     }
-    if (params_.t_splits > 1) {  // a part of it, the block's only one
-      each([&](int m, int c, int r) { diag_[m][c][r] = g[m][c][r]; });
-      return;
+    if (params_.parts) {
+      const int part = blockIdx.x / (params_.tiles_i * params_.tiles_o * params_.groups);
+      store(params_.parts + part * elements(),
+            [&](int m, int r, int run, int e) { return Fragments::value(g, m, r, run, e); });
     }
     if (!params_.squares) return;
     const float sign = params_.signs ? params_.signs[row] : 1.f;
