@@ -40,11 +40,12 @@ class Order:
     quantities: Collection[str]
     models: Collection[str]
     rounds: int
+    once_seconds: float = Options.once_seconds
 
 
 ORDERS = {
     "first": Order(FIRST_ORDER, CASES.keys() - {"curved"}, Options.rounds),
-    "second": Order(SECOND_ORDER, CASES, 8),
+    "second": Order(SECOND_ORDER, CASES, 5, once_seconds=3.0),  # some ten minutes in all
 }
 
 
@@ -139,7 +140,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--libraries", type=names(LIBRARIES), help=f"of {','.join(LIBRARIES)}")
     parser.add_argument("--quantities", type=names(QUANTITIES), help=f"of {','.join(QUANTITIES)}")
-    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, second order 8)")
+    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, second order 5)")
     parser.add_argument("--warm-steps", type=int, default=default.warm_steps, help="untimed steps before each")
     parser.add_argument("--threads", type=int, help=f"of torch (default {default.threads})")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the order within a round")
@@ -162,6 +163,7 @@ def main(arguments: list[str] | None = None) -> None:
         order = ORDERS[name]
         options = Options(
             rounds=args.rounds or preset.get("rounds", order.rounds),
+            once_seconds=order.once_seconds,
             warm_steps=args.warm_steps,
             threads=args.threads or preset.get("threads", Options.threads),
             device=args.device,
