@@ -158,4 +158,5 @@ FAKE_KERNELS = {
 
 if _lib.PROBLEM is None:
     for _name, _fake in FAKE_KERNELS.items():
-        torch.library.register_fake(f"backpack_cuda::{_name}", _fake)
+        if torch._C._dispatch_has_kernel(f"backpack_cuda::{_name}"):  # a library of older sources may lack it
+            torch.library.register_fake(f"backpack_cuda::{_name}", _fake)
