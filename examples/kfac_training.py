@@ -46,8 +46,8 @@ from backpack_cuda import backpack, extend
 from backpack_cuda.extensions import KFAC
 
 # What was tried for each optimiser. All have momentum 0.9 (Adam: betas 0.9 and 0.999), no weight decay, and a learning
-# rate that falls to zero linearly. KFAC's learning rate, and below the decay, the columns and the renewal of its factors,
-# were chosen by hand beforehand.
+# rate that falls to zero linearly. KFAC's learning rate, and below the decay, the columns and the renewal of its
+# factors, were chosen by hand beforehand.
 GRID = {
     "SGD": [{"learning_rate": rate} for rate in (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)],
     "Adam": [{"learning_rate": rate} for rate in (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05)],
