@@ -6,8 +6,8 @@ The generalised Gauss-Newton matrix (Schraudolph 2002) of l is sum_n J_n^T H_n J
 H_n = sum_v S_vn S_vn^T its columns J_n^T S_vn come from V backward passes through the graph.
 
 "exact" quantities use all columns of H_n, "MC" ones M sampled columns with the same expectation: gradients of the loss
-at targets drawn from the model's own distribution (Martens 2014). They are drawn from torch's global generator, once per
-loss and M: quantities with the same M share their draws.
+at targets drawn from the model's own distribution (Martens 2014). They are drawn from torch's global generator, once
+per loss and M: quantities with the same M share their draws.
 """
 
 from abc import abstractmethod
