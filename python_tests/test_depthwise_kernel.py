@@ -114,8 +114,8 @@ FAULTS = {
     ),
     "a split takes its neighbour's sample": wrong(
         KERNEL,
-        "end = problem.N * (split + 1) / plan.splits",
-        "end = min(problem.N, problem.N * (split + 1) / plan.splits + 1)",
+        "end = params.units * (split + 1) / plan.splits * params.unit",
+        "end = min(params.units, params.units * (split + 1) / plan.splits + 1) * params.unit",
     ),
     "samples are counted over all splits": wrong(
         KERNEL, "SampleWeights moment(static_cast<int>(n - begin))", "SampleWeights moment(static_cast<int>(n))"
