@@ -25,7 +25,8 @@ class backpack:
             backward pass through the same graph. Nothing else needs it.
         memory_budget: bytes that the columns of second-order quantities may take at a time, at the outputs of all
             layers together; more columns than that are pushed through the graph one after the other, with the same
-            results. None: on a GPU a quarter of the free memory up to 1 GiB, on the CPU 16 MiB, which is faster there.
+            results. None: a quarter of the free memory up to 1 GiB, but 16 MiB on the CPU for quantities without an
+            entry for every sample, which are faster with less there.
 
     Raises:
         ValueError: an argument is not an instance of an extension, or the budget is not positive.

@@ -5,6 +5,7 @@ is differentiated by torch itself. One sweep per square root feeds all quantitie
 """
 
 import contextlib
+import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,8 @@ from backpack_cuda.stats import ColumnStats, ColumnWant, Want, statistics_dtype
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_BUDGET = 1 << 30
-# On the CPU fewer columns at a time are faster: those of all layers should stay in the caches.
+# On the CPU fewer columns at a time are faster: those of all layers should stay in the caches. Not so for results of
+# every sample, which each chunk would read and write once more.
 _CPU_COLUMN_BYTES = 16 << 20
 
 
@@ -240,7 +242,7 @@ class Sweep:
     ) -> None:
         """What one source contributes to `layers`; `reaches_all`: zeros to those that do not depend on it."""
         total = source.root.count
-        step = self._step(source)
+        step = self._step(source, extensions)
         edges = [edge for layer in layers for edge in layer.edges]
         for begin in range(0, total, step):
             columns, signs = source.root.form(begin, min(begin + step, total))
@@ -252,7 +254,7 @@ class Sweep:
                     uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
             self._collect(uses, signs, extensions, begin, total)
 
-    def _step(self, source: Source) -> int:
+    def _step(self, source: Source, extensions: Sequence[SecondOrderExtension]) -> int:
         """How many columns to push at a time."""
         column = source.column_bytes + sum(
             prod(metadata.shape) * metadata.dtype.itemsize
@@ -262,8 +264,9 @@ class Sweep:
         budget = CTX.get_memory_budget()
         device = self.prediction.device
         if budget is None:
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 4 * _LARGEST_BUDGET
-            budget = min(free // 4, _LARGEST_BUDGET if device.type == "cuda" else _CPU_COLUMN_BYTES)
+            large = device.type == "cuda" or any(ext.per_sample for ext in extensions)
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+            budget = min(free // 4, _LARGEST_BUDGET if large else _CPU_COLUMN_BYTES)
         return max(1, budget // max(column, 1))
 
     def _pull_back(
@@ -537,6 +540,14 @@ def _scaled(root: SquareRoot, factor: Tensor | None) -> SquareRoot:
         return columns * factor.sqrt().to(columns.dtype), signs
 
     return SquareRoot(root.count, form)
+
+
+def _free_memory() -> int:
+    """Bytes of the host's memory that nothing uses."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return 4 * _LARGEST_BUDGET
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -43,6 +43,7 @@ class SecondOrderExtension(BackpropExtension):
 
     root: Root
     needs_every_column = False  # also of those columns of the exact root that the sum of squares can do without
+    per_sample = False  # whether the result has an entry for every sample
 
     def __init__(self, savefield: str, root: Root, subsampling: Sequence[int] | None = None):
         super().__init__(savefield, subsampling)
@@ -100,6 +101,7 @@ class _Diagonal(ColumnExtension):
 
 class _BatchDiagonal(ColumnExtension):
     want = ColumnWant.BATCH_DIAG
+    per_sample = True
 
     def update(self, result, stats: ColumnStats, begin: int, total: int) -> Tensor:
         if result is None:
@@ -110,6 +112,7 @@ class _BatchDiagonal(ColumnExtension):
 
 class _SquareRoot(ColumnExtension):
     want = ColumnWant.FACTOR
+    per_sample = True
 
     def update(self, result, stats: ColumnStats, begin: int, total: int) -> list[Tensor]:
         factor = stats.factor  # [V_c, N, *P]
