@@ -218,6 +218,22 @@ class ObserverFunction(torch.autograd.Function):
         return (None, None, *grad_outputs)
 
 
+def without_tensors(args: tuple, kwargs: dict) -> tuple[list[Tensor], Callable[[tuple[Tensor, ...]], tuple]]:
+    """A call's tensors, and a function that puts them back to (args, kwargs).
+
+    The tensors are to be saved by autograd, so that they live no longer than the graph.
+    """
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    marked = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # the class stands for a tensor
+
+    def rebuild(saved: tuple[Tensor, ...]) -> tuple[tuple, dict]:
+        left = iter(saved)
+        return pytree.tree_unflatten([next(left) if leaf is Tensor else leaf for leaf in marked], structure)
+
+    return tensors, rebuild
+
+
 def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kwargs: dict, output):
     """`output` again, with a node in the graph that hands its gradients to `form` where quantities are wanted.
 
@@ -234,17 +250,7 @@ def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kw
                 stacklevel=2,
             )
         return output
-    inputs, input_structure = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in inputs if isinstance(leaf, Tensor)]
-    # The tensors are saved by autograd, so that they live no longer than the graph: a marker stands for them here.
-    marked = [ObserverFunction if isinstance(leaf, Tensor) else leaf for leaf in inputs]
-
-    def rebuild_inputs(saved: tuple[Tensor, ...]) -> tuple[tuple, dict]:
-        left = iter(saved)
-        return pytree.tree_unflatten(
-            [next(left) if leaf is ObserverFunction else leaf for leaf in marked], input_structure
-        )
-
+    tensors, rebuild_inputs = without_tensors(args, kwargs)
     device_type = leaves[positions[0]].device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
     observation = Observation(module, parameters, positions, form, rebuild_inputs, autocast)

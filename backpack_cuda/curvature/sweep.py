@@ -10,7 +10,6 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,20 +67,13 @@ class LayerCall:
         return LoopedColumns([form(observation, args, kwargs, grads) for grads in zip(*filled, strict=True)])
 
 
-class Source(NamedTuple):
-    """A tensor, or the edge of the graph that stands for it, and a square root of the curvature there."""
-
-    edge: Tensor | GradientEdge
-    root: SquareRoot
-    column_bytes: int  # of a column at the source itself
-
-
 class Sweep:
     """Everything that one loss contributes to the active quantities."""
 
     def __init__(self, extensions: Sequence[SecondOrderExtension], prediction: Tensor, state: Pass):
         self.extensions = extensions
         self.prediction = prediction
+        self.edge = GradientEdge(prediction.grad_fn, prediction.output_nr)
         self.state = state
         self.layers, mixing, self.structure = _layers(prediction)
         if not self.layers:
@@ -121,12 +113,7 @@ class Sweep:
                     root = self._of_samples(hessian.exact if every else hessian.reduced)
                 else:
                     root = hessian.sampled(mc_samples)
-                self._push(
-                    Source(self.prediction, _scaled(root, factor), _bytes(self.prediction)),
-                    extensions,
-                    self.layers,
-                    True,
-                )
+                self._push(self.edge, _scaled(root, factor), extensions, self.layers, reaches_all=True)
                 with_residuals = [ext for ext in extensions if ext.root.with_residuals]
                 if with_residuals:
                     self._push_residuals(grad_prediction(), with_residuals)
@@ -142,7 +129,6 @@ class Sweep:
             return
         per_sample = self.prediction.shape[0] // max(self.batch_size, 1) if self.prediction.dim() else 1
         name = "the prediction" if per_sample == 1 else f"the prediction, of {per_sample} rows for each sample"
-        edge = GradientEdge(self.prediction.grad_fn, self.prediction.output_nr)
         # Recurrent and attention modules may have their batch elsewhere, and look after their samples themselves.
         nodes = {
             layer.node: layer.parameters
@@ -150,7 +136,7 @@ class Sweep:
             if not isinstance(layer.module, nn.RNNBase) and getattr(layer.module, "batch_first", True)
         }
         if nodes:
-            check_samples_apart([(name, edge)], nodes, self.batch_size)
+            check_samples_apart([(name, self.edge)], nodes, self.batch_size)
         known.add(architecture)
 
     def _of_samples(self, root: SquareRoot) -> SquareRoot:
@@ -183,10 +169,8 @@ class Sweep:
             if layer is not None:
                 self._add_at_output(layer, source.curvature, extensions)
             if layer is None or source.deeper:
-                metadata = source.edge.node._input_metadata[source.edge.output_nr]
-                column_bytes = prod(metadata.shape) * metadata.dtype.itemsize
                 layers = [other for other in self.layers if other is not layer]
-                self._push(Source(source.edge, source.root, column_bytes), extensions, layers)
+                self._push(source.edge, source.root, extensions, layers)
 
     def _with_output_at(self, edge: GradientEdge) -> LayerCall | None:
         """The layer whose output an edge stands for, if its parameters are used nowhere else."""
@@ -235,18 +219,19 @@ class Sweep:
 
     def _push(
         self,
-        source: Source,
+        edge: GradientEdge,
+        root: SquareRoot,
         extensions: Sequence[SecondOrderExtension],
         layers: Sequence[LayerCall],
         reaches_all: bool = False,
     ) -> None:
-        """What one source contributes to `layers`; `reaches_all`: zeros to those that do not depend on it."""
-        total = source.root.count
-        step = self._step(source, extensions)
+        """What a root at `edge` contributes to `layers`; `reaches_all`: zeros to those that do not depend on it."""
+        total = root.count
+        step = self._step(edge, extensions)
         edges = [edge for layer in layers for edge in layer.edges]
         for begin in range(0, total, step):
-            columns, signs = source.root.form(begin, min(begin + step, total))
-            found = iter(self._pull_back(source.edge, edges, columns))
+            columns, signs = root.form(begin, min(begin + step, total))
+            found = iter(self._pull_back(edge, edges, columns))
             uses = {}
             for layer in layers:
                 grads = [next(found) for _ in layer.edges]
@@ -254,13 +239,11 @@ class Sweep:
                     uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
             self._collect(uses, signs, extensions, begin, total)
 
-    def _step(self, source: Source, extensions: Sequence[SecondOrderExtension]) -> int:
+    def _step(self, edge: GradientEdge, extensions: Sequence[SecondOrderExtension]) -> int:
         """How many columns to push at a time."""
-        column = source.column_bytes + sum(
-            prod(metadata.shape) * metadata.dtype.itemsize
-            for layer in self.layers
-            for metadata in layer.node._input_metadata
-        )
+        held = [edge.node._input_metadata[edge.output_nr]]
+        held += [metadata for layer in self.layers for metadata in layer.node._input_metadata]
+        column = sum(prod(metadata.shape) * metadata.dtype.itemsize for metadata in held)
         budget = CTX.get_memory_budget()
         device = self.prediction.device
         if budget is None:
@@ -269,9 +252,7 @@ class Sweep:
             budget = min(free // 4, _LARGEST_BUDGET if large else _CPU_COLUMN_BYTES)
         return max(1, budget // max(column, 1))
 
-    def _pull_back(
-        self, source: Tensor | GradientEdge, edges: Sequence[GradientEdge], columns: Tensor
-    ) -> list[Tensor | None]:
+    def _pull_back(self, source: GradientEdge, edges: Sequence[GradientEdge], columns: Tensor) -> list[Tensor | None]:
         """Columns [V, *source] at the source -> [V, *output] at each edge; None where the source does not depend."""
         create_graph = torch.is_grad_enabled()
         if len(columns) == 1:
@@ -290,9 +271,7 @@ class Sweep:
         return [None if grads[0] is None else torch.stack(grads) for grads in zip(*found, strict=True)]
 
     @staticmethod
-    def _pull_back_batched(
-        source: Tensor | GradientEdge, edges: Sequence[GradientEdge], columns: Tensor
-    ) -> list[Tensor | None]:
+    def _pull_back_batched(source: GradientEdge, edges: Sequence[GradientEdge], columns: Tensor) -> list[Tensor | None]:
         reached: list[bool] = []
 
         def pull_back(column: Tensor) -> list[Tensor]:
@@ -548,7 +527,3 @@ def _free_memory() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on every system
         return 4 * _LARGEST_BUDGET
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

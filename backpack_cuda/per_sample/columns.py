@@ -219,18 +219,23 @@ class LoopedColumns(ColumnUse):
         return LoopedColumns([use.select(samples) for use in self._uses])
 
 
+def common_batch_size(uses: Sequence["ColumnUse | Use"]) -> int:
+    """N of the uses of one parameter in one backward pass."""
+    sizes = sorted({use.batch_size for use in uses})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"a parameter was used with batch sizes {' and '.join(map(str, sizes))} in one backward pass: which "
+            "samples belong together is unknown; call backward once per forward pass"
+        )
+    return sizes[0]
+
+
 class SummedColumns(ColumnUse):
     """One parameter used several times: its per-sample gradients are the sums over the uses."""
 
     def __init__(self, uses: Sequence[tuple[ColumnUse, str]]):
-        sizes = sorted({use.batch_size for use, _ in uses})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"a parameter was used with batch sizes {' and '.join(map(str, sizes))} in one backward pass: which "
-                "samples belong together is unknown; call backward once per forward pass"
-            )
         self._uses = uses  # (use, the parameter's name in it)
-        self.batch_size = sizes[0]
+        self.batch_size = common_batch_size([use for use, _ in uses])
         self.dtype = uses[0][0].dtype
         self.mixes_samples = any(use.mixes_samples for use, _ in uses)
         self.sums_positions = any(use.sums_positions for use, _ in uses)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from backpack_cuda.per_sample.base import Use
-from backpack_cuda.per_sample.columns import SummedColumns
+from backpack_cuda.per_sample.columns import SummedColumns, common_batch_size
 from backpack_cuda.per_sample.outer import LinearUse
 from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
 
@@ -66,14 +66,8 @@ class SummedUse(Use):
     """One parameter used several times: sample n's gradient is the sum of its gradients over the uses."""
 
     def __init__(self, uses: list[tuple[Use, str]]):
-        sizes = sorted({use.batch_size for use, _ in uses})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"a parameter was used with batch sizes {' and '.join(map(str, sizes))} in one backward pass: which "
-                "samples belong together is unknown; call backward once per forward pass"
-            )
         self._uses = uses  # (use, the parameter's name in it)
-        self.batch_size = sizes[0]
+        self.batch_size = common_batch_size([use for use, _ in uses])
         self.dtype = uses[0][0].dtype
         self.mixes_samples = any(use.mixes_samples for use, _ in uses)
 

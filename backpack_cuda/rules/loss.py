@@ -5,9 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
-from torch.utils import _pytree as pytree
 
-from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types
+from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types, without_tensors
 from backpack_cuda.context import CTX
 from backpack_cuda.curvature.losses import LossHessian, loss_hessian
 from backpack_cuda.curvature.sweep import Sweep
@@ -93,15 +92,5 @@ def loss_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs) ->
     value = stock_forward(*args, **kwargs)
     if not capturing() or not isinstance(value, Tensor) or not value.requires_grad:
         return value
-    leaves, structure = pytree.tree_flatten((args, kwargs))
-    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    # The tensors are saved by autograd, so that they live no longer than the graph.
-    rest = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-    def rebuild(saved: tuple[Tensor, ...]) -> tuple[tuple, dict]:
-        filled = list(rest)
-        for i, tensor in zip(positions, saved, strict=True):
-            filled[i] = tensor
-        return pytree.tree_unflatten(filled, structure)
-
-    return LossFunction.apply(module, rebuild, [leaves[i] for i in positions], value)
+    tensors, rebuild = without_tensors(args, kwargs)
+    return LossFunction.apply(module, rebuild, tensors, value)
