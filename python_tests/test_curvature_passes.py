@@ -48,7 +48,7 @@ def prepare(case, device):
     """(model, extended loss, inputs, targets, expected curvature) of a case."""
     inputs, targets = case.data()
     expected = curvature(case.stock(), lambda outputs: case.loss(outputs, targets), inputs)
-    return case.prepared().to(device), extend(case.loss), inputs.to(device), targets.to(device), expected
+    return case.prepared().to(device), extend(copy.deepcopy(case.loss)), inputs.to(device), targets.to(device), expected
 
 
 def added(first: Curvature, second: Curvature, factor: float = 1.0) -> Curvature:
@@ -114,7 +114,7 @@ def test_backward_twice_through_one_graph(case, device):
 def test_results_are_overwritten(device):
     """Nothing accumulates, with the same extension objects and batches of changing size."""
     extensions = [*exact_extensions(), KFLR()]
-    model, loss = PLAIN.prepared().to(device), extend(PLAIN.loss)
+    model, loss = PLAIN.prepared().to(device), extend(copy.deepcopy(PLAIN.loss))
     for samples in (4, 1, 6):
         inputs, targets = PLAIN.data(samples)
         expected = curvature(PLAIN.stock(), lambda f, y=targets: PLAIN.loss(f, y), inputs)
@@ -635,7 +635,7 @@ def test_derivatives_of_exact_quantities(case, budget, device):
     reference = sum(
         weighted(expected.batch_diag(name), inputs) + expected.diag(name).sin().sum() for name in expected.jacobian
     )
-    model, loss = case.prepared().to(device), extend(case.loss)
+    model, loss = case.prepared().to(device), extend(copy.deepcopy(case.loss))
     with backpack(DiagGGNExact(), BatchDiagGGNExact(), memory_budget=budget):
         value = loss(model(inputs.to(device)), targets.to(device))
         torch.autograd.grad(value, list(model.parameters()), create_graph=True)
