@@ -1,6 +1,6 @@
 """The quantities, under BackPACK's names."""
 
-from backpack_cuda.extensions.base import BackpropExtension
+from backpack_cuda.extensions.backprop_extension import BackpropExtension
 from backpack_cuda.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack_cuda.extensions.kronecker import KFAC, KFLR
 from backpack_cuda.extensions.second_order import (

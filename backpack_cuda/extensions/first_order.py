@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from backpack_cuda.extensions.base import BackpropExtension
+from backpack_cuda.extensions.backprop_extension import BackpropExtension
 from backpack_cuda.stats import Stats, Want
 
 
@@ -44,7 +44,7 @@ class BatchGrad(FirstOrderExtension):
     want = Want.BATCH_GRAD
 
     def __init__(self, subsampling: Sequence[int] | None = None):
-        super().__init__("grad_batch", subsampling)
+        super().__init__("grad_batch", subsampling=subsampling)
 
     def quantity(self, stats: Stats, batch_size: int) -> Tensor:
         return stats.batch_grad

@@ -20,12 +20,12 @@ import warnings
 
 from torch import Tensor
 
+from backpack_cuda.extensions.backprop_extension import FAIL_ERROR, FAIL_WARN
 from backpack_cuda.extensions.second_order import Root, SecondOrderExtension, _mc_samples
 from backpack_cuda.per_sample import ColumnUse, NoKroneckerFactors, moment
 
 CONVENTIONS = ("backpack", "expand", "reduce")
 FISHERS = ("mc", "empirical")
-FAIL_MODES = ("ERROR", "WARNING", "SILENT")
 
 
 def _one_of(name: str, value, known: tuple[str, ...]) -> str:
@@ -38,9 +38,8 @@ class KroneckerExtension(SecondOrderExtension):
     """A quantity that is a list of Kronecker factors; see the module's docstring for their definition."""
 
     def __init__(self, savefield: str, root: Root, convention: str, fail_mode: str):
-        super().__init__(savefield, root)
+        super().__init__(savefield, root, fail_mode)
         self.convention = _one_of("convention", convention, CONVENTIONS)
-        self.fail_mode = _one_of("fail_mode", fail_mode, FAIL_MODES)
 
     def effective_convention(self, use: ColumnUse) -> str:
         """What "backpack" stands for at a use."""
@@ -77,17 +76,17 @@ class KroneckerExtension(SecondOrderExtension):
             f"{type(self).__name__}: no Kronecker factors are known for {type(module).__name__}.{reason}; freeze the "
             f'parameter, or leave it without {self.savefield} by fail_mode="WARNING" or "SILENT"'
         )
-        if self.fail_mode == "ERROR":
+        if self._fail_mode == FAIL_ERROR:
             raise NotImplementedError(sentence)
-        if self.fail_mode == "WARNING":
+        if self._fail_mode == FAIL_WARN:
             warnings.warn(sentence, stacklevel=2)
 
     def _arguments(self) -> list[str]:
         given = super()._arguments()
         if self.convention != "backpack":
             given.append(f"convention={self.convention!r}")
-        if self.fail_mode != "ERROR":
-            given.append(f"fail_mode={self.fail_mode!r}")
+        if self._fail_mode != FAIL_ERROR:
+            given.append(f"fail_mode={self._fail_mode!r}")
         return given
 
 
@@ -114,7 +113,7 @@ class KFAC(KroneckerExtension):
     """
 
     def __init__(
-        self, mc_samples: int = 1, *, fisher: str = "mc", convention: str = "backpack", fail_mode: str = "ERROR"
+        self, mc_samples: int = 1, *, fisher: str = "mc", convention: str = "backpack", fail_mode: str = FAIL_ERROR
     ):
         mc_samples = _mc_samples(mc_samples)
         self.fisher = _one_of("fisher", fisher, FISHERS)
@@ -152,5 +151,5 @@ class KFLR(KroneckerExtension):
         ValueError: an argument that is none of these.
     """
 
-    def __init__(self, *, convention: str = "backpack", fail_mode: str = "ERROR"):
+    def __init__(self, *, convention: str = "backpack", fail_mode: str = FAIL_ERROR):
         super().__init__("kflr", Root("exact"), convention, fail_mode)

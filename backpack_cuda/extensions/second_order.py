@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backpack_cuda.extensions.base import BackpropExtension
+from backpack_cuda.extensions.backprop_extension import FAIL_ERROR, BackpropExtension
 from backpack_cuda.stats import ColumnStats, ColumnWant
 
 
@@ -45,9 +45,18 @@ class SecondOrderExtension(BackpropExtension):
     needs_every_column = False  # also of those columns of the exact root that the sum of squares can do without
     per_sample = False  # whether the result has an entry for every sample
 
-    def __init__(self, savefield: str, root: Root, subsampling: Sequence[int] | None = None):
-        super().__init__(savefield, subsampling)
+    def __init__(
+        self,
+        savefield: str,
+        root: Root,
+        fail_mode: str = FAIL_ERROR,
+        subsampling: Sequence[int] | None = None,
+    ):
+        super().__init__(savefield, fail_mode=fail_mode, subsampling=subsampling)
         self.root = root
+
+    def expects_backpropagation_quantities(self) -> bool:
+        return True
 
     def get_num_mc_samples(self) -> int:
         """The number of sampled columns M; 0 where all columns are used."""
@@ -193,7 +202,7 @@ class SqrtGGNExact(_SquareRoot):
     needs_every_column = True
 
     def __init__(self, subsampling: Sequence[int] | None = None):
-        super().__init__("sqrt_ggn_exact", Root("exact"), subsampling)
+        super().__init__("sqrt_ggn_exact", Root("exact"), subsampling=subsampling)
 
 
 class SqrtGGNMC(_SquareRoot):
@@ -208,7 +217,7 @@ class SqrtGGNMC(_SquareRoot):
     """
 
     def __init__(self, mc_samples: int = 1, subsampling: Sequence[int] | None = None):
-        super().__init__("sqrt_ggn_mc", Root("sampled", _mc_samples(mc_samples)), subsampling)
+        super().__init__("sqrt_ggn_mc", Root("sampled", _mc_samples(mc_samples)), subsampling=subsampling)
 
 
 class DiagHessian(_Diagonal):

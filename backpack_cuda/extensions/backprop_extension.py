@@ -1,0 +1,107 @@
+"""What every quantity has in common."""
+
+from collections.abc import Sequence
+from operator import index
+from typing import Any
+
+from torch import nn
+
+from backpack_cuda.extensions.module_extension import ModuleExtension
+from backpack_cuda.extensions.saved_quantities import SavedQuantities
+
+FAIL_ERROR = "ERROR"
+FAIL_WARN = "WARNING"
+FAIL_SILENT = "SILENT"
+_FAIL_MODES = (FAIL_ERROR, FAIL_WARN, FAIL_SILENT)
+
+
+class InvalidFailMode(ValueError, AssertionError):
+    """A fail mode that does not exist. An AssertionError in BackPACK, a ValueError everywhere else here: it is both."""
+
+
+class BackpropExtension:
+    """A quantity that backward passes inside `with backpack(...)` form and save on the parameters.
+
+    Args:
+        savefield: name of the attribute of a parameter that holds the result.
+        module_exts: what forms the quantity, by the modules' exact class; more may follow by `set_module_extension`.
+        fail_mode: what happens at a module, or a parameter, that the quantity cannot be formed for: FAIL_ERROR
+            ("ERROR"): NotImplementedError; FAIL_WARN ("WARNING"): a UserWarning, and no attribute on its parameters;
+            FAIL_SILENT ("SILENT"): no attribute.
+        subsampling: indices of the samples to form the quantity for (may repeat); None for all.
+
+    Raises:
+        InvalidFailMode: another fail mode; a ValueError that is an AssertionError too.
+        TypeError: a key of `module_exts` is no class of modules, or a value no ModuleExtension.
+        ValueError: `subsampling` holds something other than non-negative integers.
+    """
+
+    def __init__(
+        self,
+        savefield: str,
+        module_exts: dict[type[nn.Module], ModuleExtension] | None = None,
+        fail_mode: str = FAIL_ERROR,
+        subsampling: Sequence[int] | None = None,
+    ):
+        if fail_mode not in _FAIL_MODES:
+            raise InvalidFailMode(f"fail_mode: expected one of {', '.join(_FAIL_MODES)}, got {fail_mode!r}")
+        if subsampling is not None:
+            try:
+                subsampling = [index(sample) for sample in subsampling]
+            except TypeError as error:
+                raise ValueError(f"subsampling: expected indices of samples, got {subsampling!r}") from error
+            if min(subsampling, default=0) < 0:
+                raise ValueError(f"subsampling: expected indices of at least 0, got {subsampling!r}")
+        self.savefield = savefield
+        self.saved_quantities = SavedQuantities()
+        self._fail_mode = fail_mode
+        self._subsampling = subsampling
+        self._module_extensions: dict[type[nn.Module], ModuleExtension] = {}
+        for module_class, extension in ({} if module_exts is None else module_exts).items():
+            self.set_module_extension(module_class, extension)
+
+    def set_module_extension(
+        self, module: type[nn.Module], extension: ModuleExtension, overwrite: bool = False
+    ) -> None:
+        """Lets `extension` form the quantity for modules of exactly the class `module`.
+
+        Register it before the forward pass: only then the modules' inputs and outputs are kept for it.
+
+        Args:
+            module: the class.
+            extension: what forms the quantity there.
+            overwrite: replace the extension that the class has already.
+
+        Raises:
+            ValueError: the class has an extension already.
+            TypeError: `module` is no class of modules, or `extension` no ModuleExtension.
+        """
+        if not (isinstance(module, type) and issubclass(module, nn.Module)):
+            raise TypeError(f"module: expected a subclass of torch.nn.Module, got {module!r}")
+        if not isinstance(extension, ModuleExtension):
+            raise TypeError(f"extension: expected an instance of ModuleExtension, got {extension!r}")
+        if module in self._module_extensions and not overwrite:
+            raise ValueError(
+                f"module: {module.__name__} has the extension {self._module_extensions[module]!r} already; replace it "
+                "by overwrite=True"
+            )
+        self._module_extensions[module] = extension
+
+    def expects_backpropagation_quantities(self) -> bool:
+        """Whether the module extensions hand quantities back to each other, besides the gradient."""
+        return False
+
+    def accumulate_backpropagated_quantities(self, existing: Any, other: Any) -> Any:
+        """The quantity of a tensor that several modules used, from those that two of them hand back."""
+        raise NotImplementedError(
+            f"{self}: a tensor is used by several modules, and accumulate_backpropagated_quantities(existing, other), "
+            "which brings together what they hand back, is not implemented"
+        )
+
+    def get_subsampling(self) -> list[int] | None:
+        """The samples that the quantity is formed for; None for all."""
+        return self._subsampling
+
+    def __repr__(self) -> str:
+        arguments = "" if self._subsampling is None else f"subsampling={self._subsampling}"
+        return f"{type(self).__name__}({arguments})"
