@@ -12,6 +12,7 @@ from backpack_cuda._version import __version__
 from backpack_cuda.activation import backpack
 from backpack_cuda.capture import memory_cleanup
 from backpack_cuda.context import CTX, disable
+from backpack_cuda.custom_module.graph_utils import convert_module_to_backpack
 from backpack_cuda.extending import extend
 from backpack_cuda.extensions import BackpropExtension
 from backpack_cuda.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
@@ -28,6 +29,7 @@ __all__ = [
     "Linear",
     "__version__",
     "backpack",
+    "convert_module_to_backpack",
     "disable",
     "extend",
     "extensions",

@@ -7,15 +7,19 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from backpack_cuda import layers
 from backpack_cuda.capture import IO_FLAG, module_done
 from backpack_cuda.context import disable, is_sweeping
+from backpack_cuda.custom_module.branching import Parallel, _Branch
+from backpack_cuda.custom_module.reduce_tuple import ReduceTuple
 from backpack_cuda.rules import forward_for
 from backpack_cuda.rules.generic import owned_parameters
 from backpack_cuda.rules.loss import loss_forward
 
 _ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters
+_CONTAINERS = (nn.Sequential, GraphModule, Parallel, _Branch, ReduceTuple)  # no extension hook is called for these
 _OWN_LAYERS = tuple(getattr(layers, name) for name in layers.__all__)
 
 
@@ -55,7 +59,8 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
     Args:
         module: any module. `backpack_cuda`'s own layers need no extension, but may be extended.
         debug: print each module that is extended.
-        use_converter: accepted for BackPACK's programs; no conversion is needed, and the module itself is returned.
+        use_converter: accepted for BackPACK's programs; no conversion is needed, and the module itself is returned
+            (`convert_module_to_backpack` says why).
         store_io: store each module's inputs and output as attributes `input0`, ..., `output` from forward to the end of
             the module's backward, as BackPACK does. Keeps the activations alive.
 
@@ -80,7 +85,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
         pass
     elif owned_parameters(module) or forward_for(module) is loss_forward:
         module.forward = ExtendedForward(module, forward)
-    announced = not owned_parameters(module) and not isinstance(module, nn.Sequential)
+    announced = not owned_parameters(module) and not isinstance(module, _CONTAINERS)
     if announced and _announce not in module._forward_hooks.values():
         module.register_forward_hook(_announce)
     if store_io and _store_io not in module._forward_hooks.values():
@@ -92,7 +97,7 @@ def _announce(module: nn.Module, inputs: tuple, output) -> None:
     """Forward hook of modules without parameters: their extension hook runs when the backward pass reaches them."""
     if torch.compiler.is_compiling() or not disable.should_store_io():
         return
-    node = getattr(output, "grad_fn", None)
+    node = output.grad_fn if isinstance(output, Tensor) else None  # a tracer's stand-in has everything one asks for
     if node is not None:
         announcement = module.__dict__.get(_ANNOUNCEMENT)
         if announcement is None:
