@@ -12,10 +12,11 @@ sanitizer  sanitizer_program.py under compute-sanitizer's memcheck and racecheck
 kernels    gpu_kernels.py: time, rates, memory of every quantity of the layers in gpu_shapes.py
 columns    gpu_second_order.py: sums of squares over ten columns of per-sample gradients, of the leading layers
 factors    gpu_second_order.py: the input Kronecker factors of all 53 convolutions of ResNet-50, N = 128
-steps      measure.py: whole training steps against plain torch, BackPACK, Opacus and torch.func, if installed
+steps      measure.py: whole training steps with every extension against plain torch, BackPACK, Opacus and torch.func,
+           if installed; the leading extensions of all models come first
 
 A part that would overrun its share of --budget stops: kernels, columns and factors drop layers from the last, the steps
-drop models from the last. What was dropped is listed.
+drop extensions from the last. What was dropped is listed.
 """
 
 import source_tree  # noqa: F401 (first, so that the package is found)
@@ -48,7 +49,7 @@ from gpu_shapes import FAMILIES, PRECISIONS, RESNET50, Group, groups, leading_gr
 from gpu_tables import markdown
 from measure import Options, in_new_process, time_model
 from models import EVERY_CASE, GPU_CASES, SMALL_GPU_CASES
-from peers import EVERY_LIBRARY
+from peers import EVERY_LIBRARY, QUANTITIES
 from run import commit, cpu_name, names
 
 FOLDER = Path(__file__).resolve().parent
@@ -56,8 +57,8 @@ ROOT = FOLDER.parent
 # Share of the budget that a part may use; what it leaves goes to those after it.
 SHARES = {"tests": 0.30, "sanitizer": 0.20, "kernels": 0.55, "columns": 0.3, "factors": 0.3, "steps": 1.0}
 CPU_TESTS = ["python_tests/test_ops_dtypes.py"]  # of a dry run
-STEP_QUANTITIES = ("none", "BatchL2Grad", "together")
-SECOND_ORDER_STEPS = ("DiagGGNMC", "KFAC")  # of ResNet-18
+# Of the steps: what is measured of every model first, the one process after the other.
+LEADING_QUANTITIES = ("none", "BatchL2Grad", "together", "DiagGGNMC", "KFAC")
 
 
 class Report:
@@ -307,22 +308,30 @@ def run_steps(report: Report, results: dict[str, Any]) -> None:
         threads=torch.get_num_threads() if report.cuda else 1,
     )
     longest = 0.0
-    for name in GPU_CASES if report.cuda else SMALL_GPU_CASES:
+    for name, quantities in due_steps(report):
         if report.left() < longest:
-            results["dropped"].append(name)
+            results["dropped"].append(f"{name}: {', '.join(quantities)}")
             continue
-        quantities = STEP_QUANTITIES + (SECOND_ORDER_STEPS if name.startswith("resnet18") else ())
         cells = [(lib, q) for lib in versions for q in quantities if q in EVERY_LIBRARY[lib].quantities]
         begin = time.monotonic()
-        measured: dict[str, Any] = {"description": EVERY_CASE[name].description}
+        measured = results["models"].setdefault(name, {"description": EVERY_CASE[name].description, "runs": []})
         try:
-            measured |= in_new_process(time_model, name, cells, options)
+            measured["runs"].append(in_new_process(time_model, name, cells, options))
         except Exception as error:
-            measured["error"] = f"{type(error).__name__}: {error}"
+            measured["runs"].append({"error": f"{', '.join(quantities)}: {type(error).__name__}: {error}"})
             traceback.print_exc()
-        results["models"][name] = measured
         longest = max(longest, time.monotonic() - begin)
         report.write()
+
+
+def due_steps(report: Report) -> list[tuple[str, tuple[str, ...]]]:
+    """Models with the quantities that are measured together, the most important first."""
+    models = list(GPU_CASES if report.cuda else SMALL_GPU_CASES)
+    others = tuple(q for q in QUANTITIES if q not in LEADING_QUANTITIES)
+    leading = [(name, LEADING_QUANTITIES) for name in models]
+    if not report.cuda:  # one process is enough to see that they run
+        return [*leading, (models[0], others)]
+    return leading + [(name, (quantity,)) for quantity in others for name in models]
 
 
 PARTS = {

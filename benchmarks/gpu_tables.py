@@ -239,8 +239,9 @@ def steps_section(results: dict[str, Any]) -> str:
     parts = [f"Not installed: {name} ({reason})." for name, reason in results.get("missing", {}).items()]
     for name, measured in results.get("models", {}).items():
         parts.append(f"### {name}: {measured['description']}")
-        if "error" in measured:
-            parts.append(measured["error"])
+        runs = [run for run in measured["runs"] if "error" not in run]
+        parts += [run["error"] for run in measured["runs"] if "error" in run]
+        if not runs:
             continue
         rows = [
             [cell["library"], cell["quantity"], "refused", *4 * ["–"]]
@@ -251,9 +252,11 @@ def steps_section(results: dict[str, Any]) -> str:
                 "–" if cell["relative_error"] is None else f"{cell['relative_error']:.1e}",
             ]
             + [str(cell["missing"])]
-            for cell in measured["cells"]
+            for run in runs
+            for cell in run["cells"]
         ]
-        parts.append(f"Plain step: {number(measured['plain']['milliseconds'])} ms.")
+        plain = ", ".join(number(run["plain"]["milliseconds"]) for run in runs)
+        parts.append(f"Plain step, in each process of this model: {plain} ms.")
         head = [
             "library",
             "quantity",
@@ -265,7 +268,7 @@ def steps_section(results: dict[str, Any]) -> str:
         ]
         parts.append(table(head, rows))
     if parts:
-        parts.append("The relative error of DiagGGNMC and KFAC is the noise of one sampled column.")
+        parts.append("The relative error of sampled quantities (MC, KFAC) is the noise of one column.")
     parts += [f"Dropped for lack of time: {name}." for name in results.get("dropped", [])]
     return "\n\n".join(parts)
 

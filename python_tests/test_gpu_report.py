@@ -14,7 +14,7 @@ import torch
 from helpers import named, subprocess_environment
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-MODULES = ("gpu_shapes", "gpu_kernels", "gpu_second_order", "gpu_tables", "gpu_report", "sanitizer_program")
+MODULES = ("gpu_shapes", "gpu_kernels", "gpu_second_order", "gpu_tables", "gpu_report", "peers", "sanitizer_program")
 PRECISIONS = ("bf16", "tf32", "highest")
 
 
@@ -84,18 +84,19 @@ def test_a_dry_run_measures_second_order(dry_run, benchmarks):
     assert "batch_diag" in text and "unfold + matmul" in text and "WRONG" not in text
 
 
-def test_a_dry_run_has_whole_steps(dry_run):
+def test_a_dry_run_has_whole_steps(dry_run, benchmarks):
     steps = json.loads((dry_run / "gpu_report.json").read_text())["parts"]["steps"]
-    assert len(steps["models"]) == 3
+    assert len(steps["models"]) == 3 and not steps["dropped"]
     for name, model in steps["models"].items():
-        assert "error" not in model, (name, model)
-        cells = {(cell["library"], cell["quantity"]): cell for cell in model["cells"]}
+        assert all("error" not in run for run in model["runs"]), (name, model)
+        cells = {(cell["library"], cell["quantity"]): cell for run in model["runs"] for cell in run["cells"]}
         for library in ("backpack_cuda", "torch_func"):
             assert cells[library, "together"]["relative_error"] < 1e-4
             assert cells[library, "together"]["missing"] == 0
-        second = [cells[key] for key in cells if key[0] == "backpack_cuda" and key[1] in ("DiagGGNMC", "KFAC")]
-        assert len(second) == (2 if "resnet18" in name else 0)
-        assert all(cell["milliseconds"] > 0 and cell["missing"] == 0 for cell in second)
+        own = {quantity: cell for (library, quantity), cell in cells.items() if library == "backpack_cuda"}
+        wanted = benchmarks.peers.QUANTITIES if name == "3c3d-small" else benchmarks.gpu_report.LEADING_QUANTITIES
+        assert set(own) == set(wanted)
+        assert all(cell["milliseconds"] > 0 and cell["missing"] == 0 for cell in own.values())
     assert {"backpack_cuda", "torch_func"} <= set(steps["versions"])
 
 
