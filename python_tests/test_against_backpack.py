@@ -11,8 +11,6 @@ from helpers import assert_close, named
 from model_cases import SAVED, Residual
 from torch import nn
 
-import backpack_cuda as bp
-
 backpack_original = pytest.importorskip("backpack", reason="BackPACK is not installed")
 
 EXTENSIONS = ("BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance")
@@ -241,19 +239,6 @@ def test_same_mean_of_sampled_curvature(loss):
     for name, other in theirs.items():
         bound = 5 * ((ours[name].var(0) + other.var(0)) / 1000).sqrt() + 1e-12
         assert ((ours[name].mean(0) - other.mean(0)).abs() <= bound).all(), name
-
-
-def test_our_curvature_of_what_backpack_refuses():
-    """3-d Linear inputs in KFLR, grouped KFLR, residual sums in DiagHessian: numbers here, errors there."""
-    for build, shape, extension in (
-        (*PROGRAMS["tokens"], "KFLR"),
-        (*SECOND_ORDER_PROGRAMS["groups"][:2], "KFLR"),
-        (*PROGRAMS["residual"], "DiagGGNExact"),
-    ):
-        with pytest.raises((NotImplementedError, AssertionError)):
-            run("backpack", build, shape, nn.CrossEntropyLoss(), [extension], torch.float64)
-        parameters, _ = run("backpack_cuda", build, shape, nn.CrossEntropyLoss(), [extension], torch.float64)
-        assert all(hasattr(p, getattr(bp.extensions, extension)().savefield) for p in parameters.values())
 
 
 NAMES = {
