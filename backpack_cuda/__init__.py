@@ -15,7 +15,16 @@ from backpack_cuda.context import CTX, disable
 from backpack_cuda.custom_module.graph_utils import convert_module_to_backpack
 from backpack_cuda.extending import extend
 from backpack_cuda.extensions import BackpropExtension
-from backpack_cuda.layers import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+from backpack_cuda.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvTranspose1d,
+    ConvTranspose2d,
+    ConvTranspose3d,
+    Embedding,
+    Linear,
+)
 
 __all__ = [
     "CTX",
@@ -26,6 +35,7 @@ __all__ = [
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "Embedding",
     "Linear",
     "__version__",
     "backpack",

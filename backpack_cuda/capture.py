@@ -76,8 +76,12 @@ class LayerOperation(Protocol):
     def use(self, input: Tensor, grad_output: Tensor) -> Use:
         """The per-sample gradients of weight and bias.
 
-        An entry of the weight acts on an entry of the output through one entry of the input, or none.
+        An entry of the weight acts on an entry of the output through one entry of the input, or none. Where the use
+        leaves out the gradient of the weight, `backward` is asked for it.
         """
+
+    def use_of_squares(self, input: Tensor, grad_output: Tensor) -> Use:
+        """As `use`, of the squares of the entries through which the weight acts."""
 
     def columns(self, input: Tensor, columns: Tensor) -> ColumnUse:
         """The same for V output gradients of every sample, columns [V, *grad_output]."""
@@ -120,7 +124,8 @@ class LayerFunction(torch.autograd.Function):
         ctx.module = module
         ctx.operation = operation
         ctx.sweeping = False  # whether curvature/sweep.py pushes columns through
-        ctx.parameters = (("weight", module.weight), ("bias", module.bias))  # they may be replaced later
+        own = module._parameters
+        ctx.parameters = (("weight", own["weight"]), ("bias", own.get("bias")))  # they may be replaced later
         return operation.forward(input, weight, bias)
 
     @staticmethod

@@ -362,17 +362,6 @@ class SelfAttend(nn.Module):
         return self.attention(x, x, x)[0]
 
 
-class Token(nn.Module):
-    """Class numbers made of the input's signs."""
-
-    def __init__(self, embedding: nn.Module):
-        super().__init__()
-        self.embedding = embedding
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embedding((x > 0).sum(1, keepdim=True) % 3)
-
-
 MIXING = {
     "batch mean": MinusBatchMean,
     "dropout inside": InnerDropout,
@@ -382,7 +371,6 @@ MIXING = {
     "scalar output": ScalarOutput,
     "calls counted": CountingCalls,
     "gradients mixed": StraightThrough,
-    "embedding scaled by the batch's frequencies": lambda: Token(nn.Embedding(7, 4, scale_grad_by_freq=True)),
     "lstm with dropout": lambda: nn.Sequential(nn.LSTM(4, 4, 2, dropout=0.5, batch_first=True), First()),
     "attention with dropout": lambda: SelfAttend(0.5),
     "spectral norm": lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
@@ -501,23 +489,6 @@ def test_modules_that_cannot_be_taken_apart(build, name, device):
     ours = [p.grad for p in model.parameters() if p.grad is not None]
     assert all(torch.allclose(a, b) for a, b in zip(plain, ours, strict=True))
     assert not any(hasattr(p, attribute) for p in stock.parameters() for attribute in SAVED)
-
-
-@pytest.mark.parametrize("options", [{}, {"sparse": True}, {"padding_idx": 1}, {"max_norm": 0.5}], ids=str)
-def test_embeddings(options, device):
-    """Right in dense or sparse form."""
-    torch.manual_seed(0)
-    stock, x = nn.Embedding(7, 3, **options).double(), torch.randint(7, (4, 5))
-    model = extend(stock).to(device)
-    with backpack(*all_extensions()):
-        square(model(x.to(device))).backward()
-    parameter, gradient = model.weight, model.weight.grad.to_dense()
-    rows = parameter.grad_batch.to_dense()
-    assert_close("sum", rows.sum(0), gradient.cpu(), 1e-12)
-    exact = from_per_sample(rows.cpu())
-    for attribute in ("batch_l2", "sum_grad_squared", "variance"):
-        reference = getattr(exact, attribute)
-        assert_close(attribute, getattr(parameter, attribute), reference, 1e-12, exact.sum_grad_squared.max().item())
 
 
 def test_modules_that_do_not_mix_keep_their_results(device):

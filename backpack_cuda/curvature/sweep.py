@@ -187,8 +187,7 @@ class Sweep:
         columns of G_vn^2 is the gradient that belongs to the squared input.
         """
         input, _ = self.saved[id(layer)]
-        squared = None if input is None else input.to(curvature.dtype).square()
-        use = layer.node.operation.use(squared, curvature)
+        use = layer.node.operation.use_of_squares(input, curvature)
         self._check(use, layer, extensions)
         want = Want.GRAD
         if any(ext.want & ColumnWant.BATCH_DIAG for ext in extensions):

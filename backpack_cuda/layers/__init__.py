@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from backpack_cuda.rules.conv import conv_forward, conv_transpose_forward
+from backpack_cuda.rules.embedding import embedding_forward
 from backpack_cuda.rules.linear import linear_forward
 
-__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Linear"]
+__all__ = ["Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d", "Embedding", "Linear"]
 
 
 class Linear(nn.Linear):
@@ -55,3 +56,10 @@ class ConvTranspose3d(nn.ConvTranspose3d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         return conv_transpose_forward(self, super().forward, input, output_size)
+
+
+class Embedding(nn.Embedding):
+    """torch.nn.Embedding whose backward also forms what `with backpack(...)` asks for."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return embedding_forward(self, super().forward, input)

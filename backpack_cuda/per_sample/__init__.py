@@ -11,6 +11,7 @@ from backpack_cuda.per_sample.columns import (
     moment,
 )
 from backpack_cuda.per_sample.dense import DenseUse, LazyDenseUse, SummedUse
+from backpack_cuda.per_sample.embedding import EmbeddingColumns, EmbeddingUse, Lookup
 from backpack_cuda.per_sample.outer import BiasUse, ConvUse, LinearUse
 
 __all__ = [
@@ -19,9 +20,12 @@ __all__ = [
     "ConvColumns",
     "ConvUse",
     "DenseUse",
+    "EmbeddingColumns",
+    "EmbeddingUse",
     "LazyDenseUse",
     "LinearColumns",
     "LinearUse",
+    "Lookup",
     "LoopedColumns",
     "NoKroneckerFactors",
     "NoPerSampleGradients",

@@ -1,6 +1,7 @@
 """What every kind of per-sample gradient offers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +35,13 @@ class Use(ABC):
     @abstractmethod
     def select(self, samples: slice | Tensor) -> "Use":
         """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""
+
+    def joined(self, uses: Sequence["Use"]) -> "Use | None":
+        """`uses` of one weight, all of this kind, as a single one with their positions behind each other.
+
+        None where there is none.
+        """
+        return None
 
     def as_columns(self) -> ColumnUse:
         """The output gradients as columns with V = 1."""

@@ -20,6 +20,8 @@ from backpack_cuda.stats import ColumnStats, ColumnWant, Want, column_stats_of_c
 if TYPE_CHECKING:
     from backpack_cuda.per_sample.base import Use
 
+_CHUNK_ELEMENTS = 1 << 22  # of the per-sample gradients that a SummedColumns holds at a time
+
 
 class NoKroneckerFactors(Exception):
     """A parameter's curvature has no known Kronecker factors; the message is a sentence for the user."""
@@ -54,8 +56,15 @@ class ColumnUse(ABC):
         """Statistics of each named parameter; signs [V, N] or None. Differentiable under grad mode."""
 
     @abstractmethod
-    def select(self, samples: Tensor) -> "ColumnUse":
-        """The same use restricted to some samples, indices [K] (which may repeat)."""
+    def select(self, samples: slice | Tensor) -> "ColumnUse":
+        """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""
+
+    def joined(self, uses: Sequence["ColumnUse"]) -> "ColumnUse | None":
+        """`uses` of one weight, all of this kind, as a single one with their positions behind each other.
+
+        None where there is none.
+        """
+        return None
 
     def positions(self) -> int:
         """R, how often the weight is applied to a sample."""
@@ -116,7 +125,7 @@ class LinearColumns(ColumnUse):
         pair = dispatch.linear_column_stats(self.input, self.columns, signs, weight_want, bias_want)
         return dict(zip(("weight", "bias"), pair, strict=True))
 
-    def select(self, samples: Tensor) -> "LinearColumns":
+    def select(self, samples: slice | Tensor) -> "LinearColumns":
         return LinearColumns(None if self.input is None else self.input[samples], self.columns[:, samples])
 
     def positions(self) -> int:
@@ -136,6 +145,11 @@ class LinearColumns(ColumnUse):
 
     def output_sums(self, name: str) -> Tensor:
         return _sum_positions(self.columns, 2)
+
+    def joined(self, uses: Sequence["LinearColumns"]) -> "LinearColumns":
+        inputs = [positions_flat(use.input, 1) for use in uses]  # [N, T, I] each
+        columns = [positions_flat(use.columns, 2) for use in uses]  # [V, N, T, O] each
+        return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2))
 
 
 class ConvColumns(ColumnUse):
@@ -159,7 +173,7 @@ class ConvColumns(ColumnUse):
         pair = dispatch.conv_column_stats(self.geometry, self.input, self.columns, signs, weight_want, bias_want)
         return dict(zip(("weight", "bias"), pair, strict=True))
 
-    def select(self, samples: Tensor) -> "ConvColumns":
+    def select(self, samples: slice | Tensor) -> "ConvColumns":
         return ConvColumns(self.geometry, self.input[samples], self.columns[:, samples])
 
     def positions(self) -> int:
@@ -215,7 +229,7 @@ class LoopedColumns(ColumnUse):
     def output_identity(self, name: str) -> Hashable | None:
         return name
 
-    def select(self, samples: Tensor) -> "LoopedColumns":
+    def select(self, samples: slice | Tensor) -> "LoopedColumns":
         return LoopedColumns([use.select(samples) for use in self._uses])
 
 
@@ -242,11 +256,25 @@ class SummedColumns(ColumnUse):
 
     def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
         ((name, flags),) = want.items()
-        wide = statistics_dtype(self.dtype)
-        rows = [use.stats({n: ColumnWant.FACTOR}, None)[n].factor.to(wide) for use, n in self._uses]
-        return {name: column_stats_of_chunks([[(torch.stack(rows).sum(0), signs)]], flags, self.dtype)}
+        return {name: column_stats_of_chunks(self._chunks(signs), flags, self.dtype)}
 
-    def select(self, samples: Tensor) -> "SummedColumns":
+    def _chunks(self, signs: Tensor | None) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+        """Per-sample gradients [V, N_c, *P] and signs [V, N_c] of one part of the batch after the other."""
+        n, step = max(self.batch_size, 1), 1
+        if torch.is_grad_enabled():
+            step = n  # the graph keeps them all
+        elif n > 1:
+            step = max(1, _CHUNK_ELEMENTS // max(1, self._rows(slice(0, 1)).numel()))
+        for begin in range(0, n, step):
+            samples = slice(begin, begin + step)
+            yield [(self._rows(samples), None if signs is None else signs[:, samples])]
+
+    def _rows(self, samples: slice) -> Tensor:  # [V, N_c, *P]
+        wide = statistics_dtype(self.dtype)
+        rows = [use.select(samples).stats({n: ColumnWant.FACTOR}, None)[n].factor for use, n in self._uses]
+        return torch.stack([r.to(wide) for r in rows]).sum(0)
+
+    def select(self, samples: slice | Tensor) -> "SummedColumns":
         return SummedColumns([(use.select(samples), name) for use, name in self._uses])
 
     def positions(self) -> int:
@@ -280,12 +308,10 @@ class SummedColumns(ColumnUse):
 def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
     summed = SummedColumns(uses)
-    if not all(isinstance(use, LinearColumns) and name == "weight" for use, name in uses):
+    kinds = {type(use) for use, _ in uses}
+    if len(kinds) > 1 or any(name != "weight" for _, name in uses):
         return summed
-    # The uses' positions behind each other: one factorised use instead of materialised gradients.
-    inputs = [_positions_flat(use.input, 1) for use, _ in uses]  # [N, T, I] each
-    columns = [_positions_flat(use.columns, 2) for use, _ in uses]  # [V, N, T, O] each
-    return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2))
+    return uses[0][0].joined([use for use, _ in uses]) or summed
 
 
 def _identity(tensor: Tensor) -> Hashable:
@@ -293,7 +319,7 @@ def _identity(tensor: Tensor) -> Hashable:
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _positions_flat(rows: Tensor, leading: int) -> Tensor:
+def positions_flat(rows: Tensor, leading: int) -> Tensor:
     """The dims between the `leading` first and the last as one."""
     return rows.reshape(*rows.shape[:leading], prod(rows.shape[leading:-1]), rows.shape[-1])
 
@@ -302,4 +328,4 @@ def _sum_positions(rows: Tensor, leading: int) -> Tensor:
     """Sum over the dims between the `leading` first and the last, in the statistics' type."""
     if rows.dim() == leading + 1:
         return rows
-    return _positions_flat(rows, leading).sum(leading, dtype=statistics_dtype(rows.dtype))
+    return positions_flat(rows, leading).sum(leading, dtype=statistics_dtype(rows.dtype))

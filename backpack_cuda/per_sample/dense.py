@@ -2,14 +2,12 @@
 
 from collections.abc import Callable
 from functools import cached_property
-from math import prod
 
 import torch
 from torch import Tensor
 
 from backpack_cuda.per_sample.base import Use
 from backpack_cuda.per_sample.columns import SummedColumns, common_batch_size
-from backpack_cuda.per_sample.outer import LinearUse
 from backpack_cuda.stats import Stats, Want, statistics_dtype, stats_of_chunks
 
 _CHUNK_ELEMENTS = 1 << 22  # of the per-sample gradients that a SummedUse holds at a time
@@ -93,12 +91,7 @@ class SummedUse(Use):
 def merge(uses: list[tuple[Use, str]]) -> Use:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
     summed = SummedUse(uses)
-    if not all(isinstance(use, LinearUse) and used == "weight" for use, used in uses):
+    kinds = {type(use) for use, _ in uses}
+    if len(kinds) > 1 or any(name != "weight" for _, name in uses):
         return summed
-
-    def concatenated(tensors: list[Tensor]) -> Tensor:  # [N, *, I] each -> [N, sum of T, I]
-        rows = [t.reshape(t.shape[0], prod(t.shape[1:-1]), t.shape[-1]) for t in tensors]
-        return torch.cat(rows, 1)
-
-    # The uses' positions behind each other: one factorised use instead of materialised gradients.
-    return LinearUse(concatenated([use.input for use, _ in uses]), concatenated([use.grad_output for use, _ in uses]))
+    return uses[0][0].joined([use for use, _ in uses]) or summed

@@ -1,11 +1,14 @@
 """Per-sample gradients that are short sums of outer products: Linear layers and convolutions of every kind."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from backpack_cuda.ops import dispatch
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.per_sample.base import Use
-from backpack_cuda.per_sample.columns import ConvColumns, LinearColumns
+from backpack_cuda.per_sample.columns import ConvColumns, LinearColumns, positions_flat
 from backpack_cuda.stats import Stats, Want
 
 
@@ -26,6 +29,11 @@ class LinearUse(Use):
 
     def select(self, samples: slice | Tensor) -> "LinearUse":
         return LinearUse(self.input[samples], self.grad_output[samples])
+
+    def joined(self, uses: Sequence["LinearUse"]) -> "LinearUse":
+        inputs = [positions_flat(use.input, 1) for use in uses]  # [N, T, I] each
+        grad_outputs = [positions_flat(use.grad_output, 1) for use in uses]  # [N, T, O] each
+        return LinearUse(torch.cat(inputs, 1), torch.cat(grad_outputs, 1))
 
     def as_columns(self) -> LinearColumns:
         return LinearColumns(self.input, self.grad_output[None])

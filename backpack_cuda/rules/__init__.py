@@ -7,6 +7,7 @@ from torch import nn
 from backpack_cuda.curvature.losses import is_loss
 from backpack_cuda.rules.batch_norm import batch_norm_forward
 from backpack_cuda.rules.conv import conv_forward, conv_transpose_forward
+from backpack_cuda.rules.embedding import embedding_forward
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.linear import linear_forward
 from backpack_cuda.rules.loss import loss_forward
@@ -20,6 +21,7 @@ _FORWARDS = {
     nn.ConvTranspose1d.forward: conv_transpose_forward,
     nn.ConvTranspose2d.forward: conv_transpose_forward,
     nn.ConvTranspose3d.forward: conv_transpose_forward,
+    nn.Embedding.forward: embedding_forward,
     nn.BatchNorm2d.forward: batch_norm_forward,  # one function for every dimension
 }
 

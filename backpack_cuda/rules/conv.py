@@ -54,6 +54,9 @@ class ConvOperation:
     def use(self, input: Tensor, grad_output: Tensor) -> ConvUse:
         return ConvUse(self.geometry, input, grad_output)
 
+    def use_of_squares(self, input: Tensor, grad_output: Tensor) -> ConvUse:
+        return self.use(input.to(grad_output.dtype).square(), grad_output)
+
     def columns(self, input: Tensor, columns: Tensor) -> ConvColumns:
         return ConvColumns(self.geometry, input, columns)
 

@@ -34,6 +34,9 @@ class LinearOperation:
     def use(self, input: Tensor | None, grad_output: Tensor) -> Use:
         return BiasUse(grad_output) if input is None else LinearUse(input, grad_output)
 
+    def use_of_squares(self, input: Tensor | None, grad_output: Tensor) -> Use:
+        return self.use(None if input is None else input.to(grad_output.dtype).square(), grad_output)
+
     def columns(self, input: Tensor | None, columns: Tensor) -> LinearColumns:
         return LinearColumns(input, columns)
 

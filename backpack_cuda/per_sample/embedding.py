@@ -1,0 +1,215 @@
+"""Per-sample gradients of an Embedding: few rows of the weight, each the sum of some output gradients.
+
+Row e of G_n is the sum of sample n's output gradients at the positions that looked up token e. Positions with the same
+sample and token form a run; the gradients are summed by run once, and every statistic follows from these rows, as many
+as there are positions. All sizes are known beforehand, so that a GPU is never waited for, and sums are taken in a fixed
+order on the CPU and on CUDA: results are deterministic.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from backpack_cuda.ops import dispatch
+from backpack_cuda.per_sample.base import Use
+from backpack_cuda.per_sample.columns import ColumnUse, NoKroneckerFactors, positions_flat
+from backpack_cuda.stats import ColumnStats, ColumnWant, Stats, Want, statistics_dtype
+
+
+class Runs(NamedTuple):
+    """Positions with the same sample and token; of R positions, as if there were R runs, the last ones without any."""
+
+    of_positions: Tensor  # [R] run of each position; R for the padding token
+    sample: Tensor  # [R]
+    token: Tensor  # [R]
+    used: Tensor  # [R] whether the run has a position
+
+
+class Lookup:
+    """Which tokens the samples of a batch look up."""
+
+    def __init__(
+        self, tokens: Tensor, num_embeddings: int, padding_idx: int | None = None, scale: Tensor | None = None
+    ):
+        self.tokens = tokens  # [N, *]
+        self.num_embeddings = num_embeddings  # E
+        self.padding_idx = padding_idx  # the token that has no gradient
+        self.scale = scale  # [E] factors of the rows' gradients, of the whole batch; None for 1
+
+    @property
+    def batch_size(self) -> int:
+        return self.tokens.shape[0]
+
+    @cached_property
+    def runs(self) -> Runs:
+        tokens = self.tokens.reshape(-1).long()
+        r, e = len(tokens), self.num_embeddings
+        each = prod(self.tokens.shape[1:])
+        position = torch.arange(r, device=tokens.device)
+        if each == 1:
+            run, sample, token = position, position, tokens
+            used = torch.ones_like(tokens, dtype=torch.bool)
+        else:
+            keys, order = (tokens + position.div(max(each, 1), rounding_mode="floor") * e).sort()
+            starts = torch.zeros_like(keys)
+            starts[1:] = keys[1:] != keys[:-1]
+            sorted_run = starts.cumsum(0)
+            run = torch.empty_like(keys).scatter_(0, order, sorted_run)
+            # Runs without positions, whose rows are zero, are counted to the last run.
+            key = keys[-1:].repeat(r).scatter_(0, sorted_run, keys)
+            sample, token = key.div(e, rounding_mode="floor"), key % e
+            used = position <= sorted_run[-1:]
+        if self.padding_idx is not None:
+            run = run.masked_fill(tokens == self.padding_idx, r)
+        return Runs(run, sample, token, used)
+
+    def rows(self, gradients: Tensor) -> Tensor:
+        """Output gradients [V, N, *, H] summed by run: [V, R, H], in the statistics' type."""
+        v, h, r = gradients.shape[0], gradients.shape[-1], self.tokens.numel()
+        gradients = gradients.to(statistics_dtype(gradients.dtype)).reshape(v * r, h)
+        # One more row for the padding token.
+        rows = sum_rows(gradients, _repeated(self.runs.of_positions, v, r + 1), v * (r + 1)).view(v, r + 1, h)[:, :r]
+        return rows if self.scale is None else rows * self.scale[self.runs.token].to(rows.dtype).unsqueeze(1)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows of runs [V, R, H] as per-sample gradients [V, N, E, H]."""
+        v, _, h = rows.shape
+        n, e = self.batch_size, self.num_embeddings
+        index = _repeated(self.runs.sample * e + self.runs.token, v, n * e)
+        return rows.new_zeros(v * n * e, h).index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
+
+    def sum_samples(self, rows: Tensor) -> Tensor:
+        """Rows of runs [R, H] summed over the samples: [E, H]."""
+        return sum_rows(rows, self.runs.token, self.num_embeddings)
+
+    def select(self, samples: slice | Tensor) -> "Lookup":
+        return Lookup(self.tokens[samples], self.num_embeddings, self.padding_idx, self.scale)
+
+    def joined(self, lookups: Sequence["Lookup"]) -> "Lookup | None":
+        """The positions of several lookups behind each other; None where they are not treated alike."""
+        if any(other.scale is not None or other.padding_idx != self.padding_idx for other in lookups):
+            return None
+        tokens = [positions_flat(other.tokens.long().unsqueeze(-1), 1) for other in lookups]  # [N, T, 1] each
+        return Lookup(torch.cat(tokens, 1).squeeze(2), self.num_embeddings, self.padding_idx)
+
+
+def _repeated(index: Tensor, times: int, size: int) -> Tensor:
+    """index [R] below `size` for `times` tensors behind each other: [times * R]."""
+    if times == 1:
+        return index
+    return (index + size * torch.arange(times, device=index.device).unsqueeze(1)).reshape(-1)
+
+
+def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """Rows [R, H] with the same index [R] summed: [size, H]. Differentiable."""
+    if rows.is_cuda and rows.numel():
+        return _sum_rows_sorted(rows, index, size)
+    if torch.is_grad_enabled():
+        zeros = rows.new_zeros(size, rows.shape[1])
+    else:
+        zeros = dispatch.empty_result(rows, (size, rows.shape[1])).zero_()
+    return zeros.index_add_(0, index, rows)
+
+
+def _sum_rows_sorted(rows: Tensor, index: Tensor, size: int) -> Tensor:
+    """`sum_rows` in an order that does not change on a GPU, unlike that of index_add_."""
+    return torch.ops.aten.embedding_dense_backward(rows, index, size, -1, False)
+
+
+class EmbeddingUse(Use):
+    """G_n[e] = sum_t [tokens[n, t] = e] grad_output[n, t] of `weight` [E, H]."""
+
+    def __init__(self, lookup: Lookup, grad_output: Tensor, sparse: bool = False):
+        self.lookup = lookup
+        self.grad_output = grad_output  # [N, *, H]
+        self.sparse = sparse  # the gradient is left to torch, which makes it a sparse tensor
+        self.batch_size = lookup.batch_size
+        self.dtype = grad_output.dtype
+
+    def stats(self, want: dict[str, int]) -> dict[str, Stats]:
+        return {name: self._stats(flags) for name, flags in want.items()}
+
+    def _stats(self, want: int) -> Stats:
+        lookup, n = self.lookup, self.batch_size
+        _, sample, token, used = lookup.runs
+        (rows,) = lookup.rows(self.grad_output.unsqueeze(0))  # [R, H]
+        grad = batch_grad = batch_l2 = sum_grad_squared = centered = total = None
+        if want & Want.BATCH_GRAD:
+            (batch_grad,) = lookup.spread(rows.to(self.dtype).unsqueeze(0))
+        if want & (Want.BATCH_L2 | Want.SUM_GRAD_SQUARED):
+            squares = rows.square()
+            if want & Want.BATCH_L2:
+                batch_l2 = sum_rows(squares.sum(1, keepdim=True), sample, n).squeeze(1)
+            if want & Want.SUM_GRAD_SQUARED:
+                sum_grad_squared = lookup.sum_samples(squares)
+        if want & Want.SUM_GRAD_CENTERED_SQUARED or (want & Want.GRAD and not self.sparse):
+            total = lookup.sum_samples(rows)
+        if want & Want.GRAD and not self.sparse:
+            grad = total.to(self.dtype)
+        if want & Want.SUM_GRAD_CENTERED_SQUARED:
+            mean = total[token] / max(n, 1)  # [R, H]
+            # The samples without the token deviate by the mean: their share goes to the runs of those with it.
+            samples = used.new_zeros(lookup.num_embeddings, dtype=rows.dtype).index_add_(0, token, used.to(rows.dtype))
+            without = (n / samples[token] - 1).unsqueeze(1)
+            deviations = (rows - mean).square() + without * mean.square()
+            centered = lookup.sum_samples(deviations.masked_fill(~used.unsqueeze(1), 0.0))
+        return Stats(grad, batch_grad, batch_l2, sum_grad_squared, centered)
+
+    def select(self, samples: slice | Tensor) -> "EmbeddingUse":
+        return EmbeddingUse(self.lookup.select(samples), self.grad_output[samples], self.sparse)
+
+    def joined(self, uses: Sequence["EmbeddingUse"]) -> "EmbeddingUse | None":
+        lookup = self.lookup.joined([use.lookup for use in uses])
+        if lookup is None:
+            return None
+        return EmbeddingUse(lookup, torch.cat([positions_flat(use.grad_output, 1) for use in uses], 1), self.sparse)
+
+    def as_columns(self) -> "EmbeddingColumns":
+        return EmbeddingColumns(self.lookup, self.grad_output.unsqueeze(0))
+
+
+class EmbeddingColumns(ColumnUse):
+    """As EmbeddingUse with columns in the place of the output gradient."""
+
+    def __init__(self, lookup: Lookup, columns: Tensor):
+        self.lookup = lookup
+        self.columns = columns  # [V, N, *, H]
+        self.batch_size = lookup.batch_size
+        self.dtype = columns.dtype
+
+    def stats(self, want: dict[str, int], signs: Tensor | None) -> dict[str, ColumnStats]:
+        return {name: self._stats(flags, signs) for name, flags in want.items()}
+
+    def _stats(self, want: int, signs: Tensor | None) -> ColumnStats:
+        lookup = self.lookup
+        rows = lookup.rows(self.columns)  # [V, R, H]
+        factor = batch_diag = diag = None
+        if want & ColumnWant.FACTOR:
+            factor = lookup.spread(rows.to(self.dtype))
+        if want & (ColumnWant.BATCH_DIAG | ColumnWant.DIAG):
+            squares = rows.square()
+            if signs is not None:
+                squares = squares * signs[:, lookup.runs.sample].unsqueeze(2)
+            squares = squares.sum(0)
+            if want & ColumnWant.BATCH_DIAG:
+                (batch_diag,) = lookup.spread(squares.unsqueeze(0))
+            if want & ColumnWant.DIAG:
+                diag = lookup.sum_samples(squares)
+        return ColumnStats(factor, batch_diag, diag)
+
+    def select(self, samples: slice | Tensor) -> "EmbeddingColumns":
+        return EmbeddingColumns(self.lookup.select(samples), self.columns[:, samples])
+
+    def joined(self, uses: Sequence["EmbeddingColumns"]) -> "EmbeddingColumns | None":
+        lookup = self.lookup.joined([use.lookup for use in uses])
+        if lookup is None:
+            return None
+        return EmbeddingColumns(lookup, torch.cat([positions_flat(use.columns, 2) for use in uses], 2))
+
+    def output_sums(self, name: str) -> Tensor:
+        e, h = self.lookup.num_embeddings, self.columns.shape[-1]
+        raise NoKroneckerFactors(f"{name} of size {[e, h]}, whose factor over the tokens would be of size {[e, e]}")
