@@ -139,6 +139,9 @@ ROWS = {
     "Conv2d, padding_mode='reflect'": Row(
         behind_conv(lambda: nn.Conv2d(2, 1, 2, padding=1, padding_mode="reflect")), (3, 1, 3, 3)
     ),
+    "Conv2d, padding_mode='replicate'": Row(
+        behind_conv(lambda: nn.Conv2d(2, 1, 2, padding=1, padding_mode="replicate")), (3, 1, 3, 3)
+    ),
     "ConvTranspose2d, output_padding": Row(
         behind_conv(lambda: nn.ConvTranspose2d(2, 1, 2, 2, output_padding=1)), (3, 1, 3, 2)
     ),
@@ -230,6 +233,7 @@ VERDICTS = {
     "Conv2d, padding='valid'": ("r-rr---------", "rrrrrrrrrrrrr"),
     "Conv2d, padding_mode='circular'": ("WWWWWWWWWWWWW", "rrrrrrrrrrrrr"),
     "Conv2d, padding_mode='reflect'": ("WWWWWWWWWWWWW", "rrrrrrrrrrrrr"),
+    "Conv2d, padding_mode='replicate'": ("WWWWWWWWWWWWW", "rrrrrrrrrrrrr"),
     "ConvTranspose2d, output_padding": ("------rrr----", "rrrrrrrrrrrrr"),
     "MaxPool1d": ("rrrrrr---r---", "rrrrrrrrrrrrr"),
     "MaxPool2d": ("rrrrrrrrrrrrr", "rrrrrrrrrrrrr"),
