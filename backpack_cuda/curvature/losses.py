@@ -41,6 +41,7 @@ class LossHessian(NamedTuple):
     reduced: SquareRoot  # the same H_n from fewer columns where there are such, else `exact`
     sampled: Callable[[int], SquareRoot]  # M -> M columns, gradients for drawn targets / sqrt(M); draws at the call
     normalisation: Tensor | float  # what the sum over samples and positions was divided by; 0 if all were ignored
+    summed: Callable[[int], Tensor]  # R -> [R, D, D], of a prediction [N * R, *] with rows of D: sum over n of H_nr
 
 
 def loss_hessian(module: nn.Module, *args, **kwargs) -> LossHessian:
@@ -120,8 +121,13 @@ def _mse(module: nn.MSELoss, input: Tensor, target: Tensor) -> LossHessian:
         draws = torch.randn(mc_samples, *shape, dtype=statistics_dtype(input.dtype), device=input.device)
         return _given(draws.mul_(root / sqrt(mc_samples)).to(input.dtype))
 
+    def summed(rows: int) -> Tensor:
+        value = shape[0] // max(rows, 1) * 2 / max(normalisation, 1.0)
+        eye = torch.eye(features, dtype=statistics_dtype(input.dtype), device=input.device)
+        return eye.mul_(value).expand(rows, features, features)
+
     exact = SquareRoot(features, form)
-    return LossHessian(input, exact, exact, sampled, normalisation)
+    return LossHessian(input, exact, exact, sampled, normalisation, summed)
 
 
 # ---- softmax cross-entropy
@@ -141,7 +147,8 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         )
     weights, normalisation = _position_weights(module, input, target, mean)  # [N, *d]
     # An ignored target stays 0 where all are ignored: 0 / 0.
-    root = torch.where(weights > 0, weights / normalisation, weights).sqrt()  # [N, *d]
+    scale = torch.where(weights > 0, weights / normalisation, weights)  # [N, *d]
+    root = scale.sqrt()
 
     samples, classes, *positions = input.shape
     dtype, length = statistics_dtype(input.dtype), prod(positions)
@@ -150,12 +157,12 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         count = end - begin
         column = torch.arange(begin, end, device=input.device)  # [V]
         tau = (0.5 * input.log_softmax(1, dtype)).exp()  # [N, C, *d], sqrt(p)
-        scale = root
+        factor = root
         if positions:  # columns and positions side by side
             position = column % length
             column = column // length
             tau = tau.flatten(2).movedim(2, 0)[position]  # [V, N, C]
-            scale = root.flatten(1).t()[position]  # [V, N]
+            factor = root.flatten(1).t()[position]  # [V, N]
         else:
             tau = tau.unsqueeze(0)  # [1, N, C]
         column = column.unsqueeze(1)  # [V, 1]: the column's class
@@ -164,8 +171,8 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         else:
             vector = tau
         column = column.expand(count, samples).unsqueeze(2)  # [V, N, 1]
-        # S_v = scale * diag(tau) (e_c - tau_c vector)
-        scaled = tau * scale.unsqueeze(-1)  # [V or 1, N, C]
+        # S_v = factor * diag(tau) (e_c - tau_c vector)
+        scaled = tau * factor.unsqueeze(-1)  # [V or 1, N, C]
         values = -tau.expand(count, samples, classes).gather(2, column) * (scaled * vector)
         values.scatter_add_(2, column, scaled.expand(count, samples, classes).gather(2, column))
         values = values.to(input.dtype)  # [V, N, C]
@@ -180,20 +187,29 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         # The first of exponential clocks with rates p to ring; as torch.multinomial, which waits for the device.
         clocks = torch.empty(mc_samples, *input.shape, dtype=dtype, device=input.device).exponential_()
         drawn = torch.div(probabilities.detach(), clocks, out=clocks).argmax(2, keepdim=True)  # [M, N, 1, *d]
-        scale = (root / sqrt(mc_samples)).unsqueeze(1)  # [N, 1, *d]
+        factor = (root / sqrt(mc_samples)).unsqueeze(1)  # [N, 1, *d]
 
         def form_sampled(begin: int, end: int) -> tuple[Tensor, None]:
-            onehot = scale.new_zeros(end - begin, *input.shape).scatter_(2, drawn[begin:end], 1.0)
-            return ((probabilities - onehot) * scale).to(input.dtype), None
+            onehot = factor.new_zeros(end - begin, *input.shape).scatter_(2, drawn[begin:end], 1.0)
+            return ((probabilities - onehot) * factor).to(input.dtype), None
 
         return SquareRoot(mc_samples, form_sampled)
+
+    def summed(rows: int) -> Tensor:
+        p = input.softmax(1, dtype).reshape(-1, rows, classes, length)  # [N, R, C, L]
+        w = scale.reshape(-1, rows, 1, length)
+        mixed = torch.einsum("nrcl,nrdl->rlcd", p * w, p)
+        # The rows of a Hessian add up to zero: its diagonal without cancellation.
+        mixed = mixed - mixed.diagonal(dim1=2, dim2=3).diag_embed()
+        hessians = mixed.sum(3).diag_embed() - mixed  # [R, L, C, C]
+        return hessians.permute(0, 2, 3, 1).diag_embed().transpose(2, 3).reshape(rows, classes * length, -1)
 
     exact = SquareRoot(classes * length, lambda begin, end: form(begin, end, reduced=False))
     if classes > 1:
         reduced = SquareRoot((classes - 1) * length, lambda begin, end: form(begin, end, reduced=True))
     else:
         reduced = exact
-    return LossHessian(input, exact, reduced, sampled, normalisation)
+    return LossHessian(input, exact, reduced, sampled, normalisation, summed)
 
 
 def _complement(tau: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,8 +340,13 @@ def _binary_cross_entropy(module: nn.BCEWithLogitsLoss, input: Tensor, target: T
 
         return SquareRoot(mc_samples, form_sampled)
 
+    def summed(rows: int) -> Tensor:
+        logits = input.to(dtype)
+        values = (logsigmoid(logits) + logsigmoid(-logits)).exp() * scale  # [N * R, *]
+        return values.reshape(-1, rows, features).sum(0).diag_embed()
+
     exact = SquareRoot(features, form)
-    return LossHessian(input, exact, exact, sampled, normalisation)
+    return LossHessian(input, exact, exact, sampled, normalisation, summed)
 
 
 _HESSIANS = {
@@ -356,8 +377,13 @@ def _registered(hessian_sqrt: Callable[..., Tensor]) -> Callable[..., LossHessia
             combined = torch.einsum("mvn,vn...->mn...", signs / sqrt(mc_samples), columns.to(dtype))
             return _given(combined.to(columns.dtype))
 
+        def summed(rows: int) -> Tensor:
+            wide = columns.to(statistics_dtype(columns.dtype)).reshape(len(columns), -1, rows, features)
+            return torch.einsum("vnrd,vnre->rde", wide, wide)
+
+        features = prod(prediction.shape[1:])
         exact = _given(columns)
-        return LossHessian(prediction, exact, exact, sampled, 1.0)
+        return LossHessian(prediction, exact, exact, sampled, 1.0, summed)
 
     return hessian
 

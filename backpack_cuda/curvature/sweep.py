@@ -6,7 +6,6 @@ is differentiated by torch itself. One sweep per square root feeds all quantitie
 
 import contextlib
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -16,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
-from backpack_cuda.context import CTX, batching, sweeping
+from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
+from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
@@ -230,7 +230,7 @@ class Sweep:
         edges = [edge for layer in layers for edge in layer.edges]
         for begin in range(0, total, step):
             columns, signs = root.form(begin, min(begin + step, total))
-            found = iter(self._pull_back(edge, edges, columns))
+            found = iter(pull_back([edge], edges, [columns]))
             uses = {}
             for layer in layers:
                 grads = [next(found) for _ in layer.edges]
@@ -250,37 +250,6 @@ class Sweep:
             free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
             budget = min(free // 4, _LARGEST_BUDGET if large else _CPU_COLUMN_BYTES)
         return max(1, budget // max(column, 1))
-
-    def _pull_back(self, source: GradientEdge, edges: Sequence[GradientEdge], columns: Tensor) -> list[Tensor | None]:
-        """Columns [V, *source] at the source -> [V, *output] at each edge; None where the source does not depend."""
-        create_graph = torch.is_grad_enabled()
-        if len(columns) == 1:
-            found = torch.autograd.grad(
-                source, edges, columns[0], retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
-            return [None if grad is None else grad[None] for grad in found]
-        if not create_graph:
-            with contextlib.suppress(Exception), warnings.catch_warnings():  # an operation without batching rule
-                warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
-                return self._pull_back_batched(source, edges, columns)
-        found = [
-            torch.autograd.grad(source, edges, column, retain_graph=True, create_graph=create_graph, allow_unused=True)
-            for column in columns
-        ]
-        return [None if grads[0] is None else torch.stack(grads) for grads in zip(*found, strict=True)]
-
-    @staticmethod
-    def _pull_back_batched(source: GradientEdge, edges: Sequence[GradientEdge], columns: Tensor) -> list[Tensor | None]:
-        reached: list[bool] = []
-
-        def pull_back(column: Tensor) -> list[Tensor]:
-            found = torch.autograd.grad(source, edges, column, retain_graph=True, allow_unused=True)
-            reached[:] = [grad is not None for grad in found]
-            return [grad for grad in found if grad is not None]
-
-        with batching():
-            found = iter(torch.func.vmap(pull_back)(columns))
-        return [next(found) if is_reached else None for is_reached in reached]
 
     # ---- collecting ----
 
@@ -385,7 +354,7 @@ class Sweep:
         identity = use.input_identity(name)
         if identity is None:
             return ext.input_factor(use, name)
-        key = (ext.effective_convention(use), identity)
+        key = (ext.effective_convention(use), ext.get_ea_strategy(), identity)
         if key not in self.input_factors:
             # With the input itself, whose memory must not be used again while it is identified by that.
             self.input_factors[key] = (ext.input_factor(use, name), use.input)

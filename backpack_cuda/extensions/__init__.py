@@ -1,5 +1,6 @@
 """The quantities, under BackPACK's names."""
 
+from backpack_cuda.extensions.averaged import HBP, KFRA
 from backpack_cuda.extensions.backprop_extension import BackpropExtension
 from backpack_cuda.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack_cuda.extensions.kronecker import KFAC, KFLR
@@ -15,8 +16,10 @@ from backpack_cuda.extensions.second_order import (
 )
 
 __all__ = [
+    "HBP",
     "KFAC",
     "KFLR",
+    "KFRA",
     "BackpropExtension",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",

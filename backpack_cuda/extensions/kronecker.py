@@ -21,6 +21,13 @@ import warnings
 from torch import Tensor
 
 from backpack_cuda.extensions.backprop_extension import FAIL_ERROR, FAIL_WARN
+from backpack_cuda.extensions.curvature import (
+    BackpropStrategy,
+    Curvature,
+    ExpectationApproximation,
+    LossHessianStrategy,
+    one_of,
+)
 from backpack_cuda.extensions.second_order import Root, SecondOrderExtension, _mc_samples
 from backpack_cuda.per_sample import ColumnUse, NoKroneckerFactors, moment
 
@@ -28,18 +35,33 @@ CONVENTIONS = ("backpack", "expand", "reduce")
 FISHERS = ("mc", "empirical")
 
 
-def _one_of(name: str, value, known: tuple[str, ...]) -> str:
-    if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    return value
-
-
 class KroneckerExtension(SecondOrderExtension):
     """A quantity that is a list of Kronecker factors; see the module's docstring for their definition."""
 
+    curv_type = Curvature.GGN
+    loss_hessian_strategy = LossHessianStrategy.EXACT
+    backprop_strategy = BackpropStrategy.SQRT
+    ea_strategy = ExpectationApproximation.BOTEV_MARTENS
+
     def __init__(self, savefield: str, root: Root, convention: str, fail_mode: str):
         super().__init__(savefield, root, fail_mode)
-        self.convention = _one_of("convention", convention, CONVENTIONS)
+        self.convention = one_of("convention", convention, CONVENTIONS)
+
+    def get_curv_type(self) -> str:
+        """Which matrix is approximated, of `Curvature`."""
+        return self.curv_type
+
+    def get_loss_hessian_strategy(self) -> str:
+        """How the loss' Hessian enters, of `LossHessianStrategy`."""
+        return self.loss_hessian_strategy
+
+    def get_backprop_strategy(self) -> str:
+        """What is pushed back through the network, of `BackpropStrategy`."""
+        return self.backprop_strategy
+
+    def get_ea_strategy(self) -> str:
+        """How the expectation over the samples is split, of `ExpectationApproximation`."""
+        return self.ea_strategy
 
     def effective_convention(self, use: ColumnUse) -> str:
         """What "backpack" stands for at a use."""
@@ -58,7 +80,7 @@ class KroneckerExtension(SecondOrderExtension):
         """B of a parameter, of some columns. May raise NoKroneckerFactors."""
         if self.effective_convention(use) == "expand":
             return use.output_moment(name)
-        return moment(use.output_sums(name), use.groups(name))
+        return use.summed_moment(name)
 
     def factors(self, use: ColumnUse, name: str) -> list[Tensor]:
         """[B, A] or [B]."""
@@ -112,11 +134,13 @@ class KFAC(KroneckerExtension):
         TypeError, ValueError: an argument that is none of these.
     """
 
+    loss_hessian_strategy = LossHessianStrategy.SAMPLING
+
     def __init__(
         self, mc_samples: int = 1, *, fisher: str = "mc", convention: str = "backpack", fail_mode: str = FAIL_ERROR
     ):
         mc_samples = _mc_samples(mc_samples)
-        self.fisher = _one_of("fisher", fisher, FISHERS)
+        self.fisher = one_of("fisher", fisher, FISHERS)
         super().__init__("kfac", Root("sampled", mc_samples), convention, fail_mode)
 
     def empirical_scale(self, losses: list[tuple]) -> Tensor | float:

@@ -1,5 +1,6 @@
 """The kinds of per-sample gradients: what one use of a layer contributes to its parameters' gradients, per sample."""
 
+from backpack_cuda.per_sample.averaged import AveragedBlocks, AveragedUse
 from backpack_cuda.per_sample.base import NoPerSampleGradients, Use
 from backpack_cuda.per_sample.columns import (
     ColumnUse,
@@ -15,6 +16,8 @@ from backpack_cuda.per_sample.embedding import EmbeddingColumns, EmbeddingUse, L
 from backpack_cuda.per_sample.outer import BiasUse, ConvUse, LinearUse
 
 __all__ = [
+    "AveragedBlocks",
+    "AveragedUse",
     "BiasUse",
     "ColumnUse",
     "ConvColumns",

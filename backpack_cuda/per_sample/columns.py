@@ -94,6 +94,18 @@ class ColumnUse(ABC):
         """sum_vnr b_vnr b_vnr^T, [O, O] or [G, O, O]."""
         return moment(self.output_sums(name), self.groups(name))
 
+    def summed_moment(self, name: str) -> Tensor:
+        """sum_vn (sum_r b_vnr) (sum_r b_vnr)^T, [O, O] or [G, O, O]."""
+        return moment(self.output_sums(name), self.groups(name))
+
+    def with_mean_input(self, name: str) -> "ColumnUse":
+        """A batch of one with the mean of the samples' inputs, for the input factor of a parameter."""
+        raise NoKroneckerFactors(f"{name}, whose Jacobian has no mean that is known to factorise")
+
+    def by_position(self, matrix: Tensor) -> Tensor:
+        """A matrix [D, D] over the D features of a sample's output, as [R, O, R, O] over its positions."""
+        raise NoKroneckerFactors(f"output of size {list(matrix.shape[:1])}, of a layer without a known factorisation")
+
     def output_sums(self, name: str) -> Tensor:
         """sum_r b_vnr, [V, N, G * O]; for an additive parameter its per-sample gradients."""
         rows = self.stats({name: ColumnWant.FACTOR}, None)[name].factor  # [V, N, *P]
@@ -139,6 +151,13 @@ class LinearColumns(ColumnUse):
 
     def input_sums(self, name: str) -> Tensor | None:
         return _sum_positions(self.input, 1) if name == "weight" else None
+
+    def with_mean_input(self, name: str) -> "LinearColumns":
+        return LinearColumns(None if self.input is None else _mean_sample(self.input), self.columns[:, :1])
+
+    def by_position(self, matrix: Tensor) -> Tensor:
+        positions, outputs = self.positions(), self.columns.shape[-1]
+        return matrix.view(positions, outputs, positions, outputs)
 
     def output_moment(self, name: str) -> Tensor:
         return dispatch.linear_kron_factor(self.columns, 1.0)
@@ -196,6 +215,13 @@ class ConvColumns(ColumnUse):
         if name != "weight":
             return None
         return composite.patch_sums(self.input, self.geometry, tuple(self.columns.shape[3:]))
+
+    def with_mean_input(self, name: str) -> "ConvColumns":
+        return ConvColumns(self.geometry, _mean_sample(self.input), self.columns[:, :1])
+
+    def by_position(self, matrix: Tensor) -> Tensor:
+        positions, outputs = self.positions(), self.columns.shape[2]
+        return matrix.view(outputs, positions, outputs, positions).permute(1, 0, 3, 2)
 
     def output_moment(self, name: str) -> Tensor:
         return moment(self.columns.movedim(2, -1), self.groups(name))  # of rows [V, N, *output size, O]
@@ -296,6 +322,9 @@ class SummedColumns(ColumnUse):
     def input_sums(self, name: str) -> Tensor | None:
         return self._sum(lambda use, n: use.input_sums(n))
 
+    def with_mean_input(self, name: str) -> "SummedColumns":
+        return SummedColumns([(use.with_mean_input(own_name), own_name) for use, own_name in self._uses])
+
     def output_moment(self, name: str) -> Tensor:
         if any(isinstance(use, LoopedColumns) for use, _ in self._uses):  # the whole block, of the summed gradients
             return moment(self.output_sums(name), 1)
@@ -317,6 +346,11 @@ def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
 def _identity(tensor: Tensor) -> Hashable:
     """Equal for the same values in the same memory, while that is in use."""
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _mean_sample(input: Tensor) -> Tensor:
+    """The mean over the samples, as a batch of one in the statistics' type; zeros for none."""
+    return input.sum(0, keepdim=True, dtype=statistics_dtype(input.dtype)) / max(input.shape[0], 1)
 
 
 def positions_flat(rows: Tensor, leading: int) -> Tensor:

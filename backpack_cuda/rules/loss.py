@@ -8,6 +8,7 @@ from torch.autograd.graph import GradientEdge
 
 from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types, without_tensors
 from backpack_cuda.context import CTX
+from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
 from backpack_cuda.curvature.losses import LossHessian, loss_hessian
 from backpack_cuda.curvature.sweep import Sweep
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -59,7 +60,11 @@ def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output
             0
         ]
 
-    Sweep(swept, _connected(ctx.module, hessian), state).run(hessian, grad_prediction, factor)
+    prediction = _connected(ctx.module, hessian)
+    for former in (Sweep, AveragedSweep):
+        formed = [ext for ext in swept if (former is AveragedSweep) == is_averaged(ext)]
+        if formed:
+            former(formed, prediction, state).run(hessian, grad_prediction, factor)
 
 
 def _connected(module: nn.Module, hessian: LossHessian) -> Tensor:

@@ -1,5 +1,6 @@
 """The second-order quantities, under BackPACK's import path."""
 
+from backpack_cuda.extensions.averaged import HBP, KFRA
 from backpack_cuda.extensions.kronecker import KFAC, KFLR
 from backpack_cuda.extensions.second_order import (
     BatchDiagGGNExact,
@@ -13,8 +14,10 @@ from backpack_cuda.extensions.second_order import (
 )
 
 __all__ = [
+    "HBP",
     "KFAC",
     "KFLR",
+    "KFRA",
     "BatchDiagGGNExact",
     "BatchDiagGGNMC",
     "BatchDiagHessian",

@@ -1,0 +1,333 @@
+"""From a loss to one matrix at every layer's output, averaged over the samples after every step back.
+
+What is where: `points.py` the tensors at which a matrix can stand, `steps.py` the way from one to the next.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from backpack_cuda.capture import LayerFunction
+from backpack_cuda.context import CTX
+from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.own_pass import in_own_pass
+from backpack_cuda.curvature.points import Graph, Point
+from backpack_cuda.curvature.residuals import _check_batch, _mixed, _readable, residual_sources
+from backpack_cuda.curvature.steps import Budget, Step, step_to, to_save
+from backpack_cuda.curvature.sweep import LayerCall, Sweep, _errors_for_users, _free_memory
+from backpack_cuda.extensions.averaged import HBP
+from backpack_cuda.extensions.curvature import Curvature
+from backpack_cuda.extensions.second_order import SecondOrderExtension
+from backpack_cuda.per_sample import AveragedBlocks, AveragedUse
+from backpack_cuda.stats import Want, statistics_dtype
+
+_LAYER_NODE = LayerFunction._backward_cls
+_LARGEST_LIMIT = 8 << 30
+_LARGEST_BUDGET = 1 << 30
+_CPU_PIECE = 16 << 20  # pieces of columns that stay in the caches
+
+
+def is_averaged(ext: SecondOrderExtension) -> bool:
+    """Whether a quantity is formed from averaged matrices rather than columns."""
+    return isinstance(ext, HBP) and ext.averages
+
+
+class _Plan(NamedTuple):
+    """The way to all layers, and what it takes."""
+
+    root: Point
+    points: list[Point]
+    steps: dict[int, Step]  # id of a point -> the step to it from its parent
+    layers: dict[int, LayerCall]  # id of a point -> the layer whose output it is
+    memory: int  # bytes at a time
+    largest: Point
+
+
+class AveragedSweep(Sweep):
+    """Everything that one loss contributes to the quantities that are formed from averaged matrices."""
+
+    extensions: Sequence[HBP]
+
+    def run(self, hessian: LossHessian, grad_prediction: Callable[[], Tensor], factor: Tensor | None) -> None:
+        self._check_used_once()
+        with self._marked():
+            plan = self._plan()
+            self._check_memory(plan)
+            self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
+            read = {id(point): to_save(point) for point in plan.points if point.children}
+            saved = in_own_pass(lambda: {key: form() for key, form in read.items() if form is not None})
+            groups: dict[tuple, list[HBP]] = {}
+            for ext in self.extensions:
+                groups.setdefault((ext.root, ext.curv_type), []).append(ext)
+            for (root, curv_type), extensions in groups.items():
+                residuals = {}
+                if Curvature.require_residual(curv_type):
+                    residuals = self._residuals(plan, grad_prediction(), curv_type)
+                start = self._at_prediction(hessian, root, factor)
+                self._push_matrix(plan, start, saved, residuals, extensions)
+        self._save()
+
+    def _check_used_once(self) -> None:
+        for uses in self.uses.values():
+            if len(uses) > 1:
+                layer, name = uses[0]
+                raise NotImplementedError(
+                    f"{self.extensions[0]}: {type(layer.module).__name__}.{name} is used {len(uses)} times in the "
+                    "forward pass, at different tensors with averaged matrices of their own; KFLR and KFAC allow it"
+                )
+
+    # ---- before anything is allocated
+
+    def _plan(self) -> _Plan:
+        graph = Graph(self.prediction, [layer.node for layer in self.layers])
+        by_node = graph.tree(self.batch_size, self._where_samples_are_apart)
+        points = list(by_node.values())
+        layers = {id(by_node[layer.node]): layer for layer in self.layers}
+        budget = self._budget()
+        steps = {id(p): step_to(p, self.batch_size, budget) for p in points if p.parent is not None}
+        root = by_node[self.prediction.grad_fn]
+        largest = max(points, key=lambda point: point.features)
+        return _Plan(root, points, steps, layers, self._memory(root, steps, layers), largest)
+
+    def _budget(self) -> Budget:
+        given = CTX.get_memory_budget()
+        if given is not None:
+            return Budget(given, given)
+        samples = min(self._free() // 4, _LARGEST_BUDGET)
+        return Budget(samples if self.prediction.is_cuda else _CPU_PIECE, samples)
+
+    def _free(self) -> int:
+        device = self.prediction.device
+        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+
+    def _memory(self, root: Point, steps: dict[int, Step], layers: dict[int, LayerCall]) -> int:
+        """Bytes that all matrices and temporary tensors take at a time; under create_graph none is freed."""
+        keeps = torch.is_grad_enabled()
+        held = most = 0
+        for point, last in root.visits():
+            itemsize = statistics_dtype(point.metadata[0].dtype).itemsize
+            matrix, step = point.features**2 * itemsize, steps.get(id(point))
+            temporary = 0 if step is None else step.temporary(last)
+            if id(point) in layers:
+                temporary = max(temporary, self._block_bytes(layers[id(point)], point, itemsize))
+            if keeps:
+                held += matrix + temporary
+                most = held
+                continue
+            if step is None:  # of a leaf of the tree nothing is held
+                most = 2 * matrix
+                held = matrix
+                continue
+            parent = point.parent.features**2 * itemsize
+            moves = last and step.in_place()
+            most = max(most, held + temporary + (0 if moves else matrix))
+            held += matrix - (parent if last else 0)
+            most = max(most, held)
+            if not point.children:
+                held -= matrix
+        return most
+
+    def _block_bytes(self, layer: LayerCall, point: Point, itemsize: int) -> int:
+        """Of the Jacobians of a module's parameters."""
+        if isinstance(layer.node, _LAYER_NODE):
+            return 0
+        entries = sum(p.numel() for p in layer.parameters.values() if p.dim() < 2)
+        return 3 * self.batch_size * point.features * entries * itemsize
+
+    def _check_memory(self, plan: _Plan) -> None:
+        d = plan.largest.features
+        where = _place(plan.largest)
+        for ext in self.extensions:
+            ext.memory_needed = plan.memory
+            if CTX.get_debug():
+                print(f"[DEBUG] {ext} takes {_readable_bytes(plan.memory)}, for matrices up to [{d}, {d}] at {where}")
+        for ext in self.extensions:
+            limit = ext.memory_limit
+            if limit is None:
+                limit = min(self._free() // 4, _LARGEST_LIMIT)
+            if plan.memory > limit:
+                raise ValueError(
+                    f"{ext}: needs {_readable_bytes(plan.memory)} for matrices over the features of a sample, the "
+                    f"largest [{d}, {d}] at {where}, which is more than the memory_limit of {_readable_bytes(limit)}; "
+                    f"{type(ext).__name__}(..., memory_limit={plan.memory}) would take it, KFLR and KFAC need none"
+                )
+
+    def _where_samples_are_apart(self, points: list[Point]) -> list[Point]:
+        """Those with the samples along dimension 0, none of which acts on another one up to the prediction.
+
+        The others are skipped, but for the layers' outputs and the prediction: an error. Asked once per architecture.
+        """
+        count = self.batch_size
+        _check_batch("the prediction", self.edge, count)
+        if count < 2:
+            return points
+        known = _known_apart.setdefault(self.layers[0].module, {})
+        key = (self.prediction.shape, self.structure)
+        if key not in known:
+            verdicts = self._verdicts(points)
+            chosen = [i for i, verdict in enumerate(verdicts) if verdict]
+            if None not in verdicts:
+                known[key] = chosen
+        else:
+            chosen = known[key]
+        # A layer that nothing arrives at has a matrix of zeros.
+        chosen = {points[i].node for i in chosen} | {layer.node for layer in self.layers} | {self.prediction.grad_fn}
+        return [point for point in points if point.node in chosen]
+
+    def _verdicts(self, points: list[Point]) -> list[bool | None]:
+        """Of each point whether samples are apart there; None where nothing arrives, so that there is nothing to see.
+
+        Columns of random signs for one half of the samples must leave nothing for the other half; 2 log2(N) halves
+        tell every sample from every other.
+        """
+        count, layers = self.batch_size, {layer.node: layer for layer in self.layers}
+        fitting = [p for p in points if all(m.shape and m.shape[0] % count == 0 for m in p.metadata)]
+        edges = [edge for point in fitting for edge in point.edges]
+        device = self.prediction.device
+        signs = torch.empty(count, self.prediction.numel() // count, dtype=self.prediction.dtype, device=device)
+        signs.bernoulli_(generator=torch.Generator(device).manual_seed(0)).mul_(2).sub_(1)
+        leaks, seen = torch.zeros(2, len(edges), dtype=torch.bool, device=device)
+        digits = range((count - 1).bit_length())
+        for half in [torch.arange(count, device=device) >> digit & 1 == side for digit in digits for side in (0, 1)]:
+            half = half[:, None]
+            column = (signs * half).view(self.prediction.shape)
+            found = torch.autograd.grad(self.edge, edges, column, retain_graph=True, allow_unused=True)
+            for i, gradient in enumerate(found):
+                if gradient is not None and gradient.numel():
+                    entries = gradient.reshape(count, -1)
+                    entries = (entries != 0) & ~entries.isnan()
+                    leaks[i] |= (entries & ~half).any()
+                    seen[i] |= entries.any()
+        leaks, seen = iter(leaks.tolist()), iter(seen.tolist())
+        verdicts: dict[Node, bool | None] = {}
+        for point in fitting:
+            pairs = [(next(leaks), next(seen)) for _ in point.edges]
+            arrives = any(arrived for _, arrived in pairs)
+            verdicts[point.node] = False if any(leak for leak, _ in pairs) else True if arrives else None
+        for node, layer in layers.items():
+            if verdicts.get(node, False) is False:
+                name = type(layer.module).__name__
+                raise _mixed(f"{self.extensions[0]}: the output of {name}", node._input_metadata[0].shape, count)
+        return [verdicts.get(point.node, False) for point in points]
+
+    # ---- matrices
+
+    def _at_prediction(self, hessian: LossHessian, root, factor: Tensor | None) -> Tensor:
+        """sum_n H_n at the prediction, [D, D]; with R rows [N * R, *] for each sample a block for each of them."""
+        prediction, count = self.prediction, self.batch_size
+        dtype = statistics_dtype(prediction.dtype)
+        if not count:
+            size = prediction[:0].flatten(1).shape[1] if prediction.dim() > 1 else 1
+            return torch.zeros(size, size, dtype=dtype, device=prediction.device)
+        if root.kind == "exact":
+            blocks = hessian.summed(prediction.shape[0] // count)
+            matrix = blocks[0].clone() if len(blocks) == 1 else torch.block_diag(*blocks)
+        else:
+            sampled = hessian.sampled(root.mc_samples)
+            columns, _ = sampled.form(0, sampled.count)
+            columns = columns.to(dtype).reshape(len(columns) * count, -1)  # [M * N, D]
+            matrix = columns.t() @ columns
+        return matrix if factor is None else matrix * factor.to(dtype)
+
+    def _residuals(self, plan: _Plan, grad_prediction: Tensor, curv_type: str) -> dict[int, Tensor]:
+        """By id of a point what the functions that act on it add to the diagonal of its matrix, [D]."""
+        sources = residual_sources(self.prediction, grad_prediction, self._nodes(), self.batch_size)
+        found: dict[int, Tensor] = {}
+        by_node = {point.node: point for point in plan.points}
+        inner = {node for point in plan.points for node in point.between[:-1]}
+        for source in sources:
+            point = by_node.get(source.edge.node)
+            if source.edge.node in inner or (point is not None and len(point.edges) > 1):
+                raise NotImplementedError(
+                    f"{self.extensions[0]}: {source.name} is not linear and inside of a branch, whose second "
+                    "derivatives cannot be averaged; curv_type=Curvature.GGN allows it"
+                )
+            if point is None:
+                continue  # no layer's matrix is formed from what is there
+            summed = source.curvature.reshape(self.batch_size, -1).sum(0)
+            modified = Curvature.modify_residual(summed, curv_type)
+            found[id(point)] = found[id(point)] + modified if id(point) in found else modified
+        return found
+
+    def _push_matrix(
+        self,
+        plan: _Plan,
+        start: Tensor,
+        saved: dict[int, tuple],
+        residuals: dict[int, Tensor],
+        extensions: Sequence[HBP],
+    ) -> None:
+        held: dict[int, Tensor] = {}
+        for point, last in plan.root.visits():
+            if point.parent is None:
+                matrix = start
+            else:
+                key = id(point.parent)
+                matrix = held.pop(key) if last else held[key]
+                if self.batch_size:
+                    owned = last and not torch.is_grad_enabled()
+                    matrix = plan.steps[id(point)].run(matrix, owned, saved.get(key, ()))
+                else:
+                    matrix = matrix.new_zeros(point.features, point.features)
+            if id(point) in residuals:
+                matrix = matrix + residuals[id(point)].diag_embed()
+            layer = plan.layers.get(id(point))
+            if layer is not None:
+                self._add_use(layer, point, matrix, extensions)
+            if point.children:
+                held[id(point)] = matrix
+
+    def _add_use(self, layer: LayerCall, point: Point, matrix: Tensor, extensions: Sequence[HBP]) -> None:
+        if isinstance(layer.node, _LAYER_NODE):
+            use = AveragedUse(layer.use([None], 0, self.saved[id(layer)]), matrix)
+        else:
+            use = self._blocks(layer, point, matrix)
+        self._check(use, layer, extensions)
+        for ext in extensions:
+            for name, parameter in layer.parameters.items():
+                with _errors_for_users(ext):
+                    self._add_factors(ext, use, name, parameter, layer.module)
+
+    def _blocks(self, layer: LayerCall, point: Point, matrix: Tensor) -> AveragedBlocks:
+        """A module with the Jacobians in its parameters, by one of its backward passes per feature of the output."""
+        vectors = {name: p for name, p in layer.parameters.items() if p.dim() < 2}
+        observation = layer.node.observation._replace(parameters=vectors)
+        args, kwargs = observation.rebuild_inputs(self.saved[id(layer)])
+        outputs, n = layer.node._input_metadata, self.batch_size
+        rows: dict[str, list[Tensor]] = {name: [] for name in vectors}  # of [N, P] for each feature
+        mixes = False
+        for edge, size in zip(point.edges, point.sizes, strict=True):
+            for feature in range(size if vectors else 0):
+                grads = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in outputs]
+                grads[edge.output_nr].view(n, size)[:, feature] = 1
+                with _errors_for_users(self.extensions[0]):
+                    use = observation.form(observation, args, kwargs, tuple(grads))
+                    mixes = mixes or use.mixes_samples
+                    for name in vectors:
+                        rows[name].append(use.stats({name: Want.BATCH_GRAD})[name].batch_grad.reshape(n, -1))
+        jacobians = {name: torch.stack(of_features, 1).to(matrix.dtype) for name, of_features in rows.items()}
+        return AveragedBlocks(jacobians, matrix, n, mixes)
+
+
+# By the first layer's module the architectures and predictions' shapes -> the points where samples are apart.
+_known_apart: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictionary()
+
+
+def _place(point: Point) -> str:
+    node = point.node
+    if isinstance(node, _LAYER_NODE):
+        return f"the output of {type(node.module).__name__}"
+    if hasattr(node, "observation"):
+        return f"the output of {type(node.observation.module).__name__}"
+    return f"the result of {_readable(node)}"
+
+
+def _readable_bytes(count: int) -> str:
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"
