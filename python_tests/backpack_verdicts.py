@@ -11,7 +11,7 @@ from backpack_matrix import COLUMNS, MISSING, RAISES, RIGHT, ROWS, WRONG, Row
 from curvature_oracle import Curvature, curvature, hessian_diagonals, square_root
 from curvature_tools import expected_factors
 from oracle import Stats, from_per_sample
-from sequential_oracle import averaged, positive_blocks, steps
+from sequential_oracle import averaged, output_factor, positive_blocks, steps
 from torch import Tensor, nn
 
 import backpack_cuda
@@ -59,12 +59,20 @@ class Reference:
 
     @cached_property
     def averaged_factors(self) -> dict[str, list[Tensor]]:
-        """KFRA's B at a convolution is summed over both positions; A is that of KFLR."""
+        """KFRA's B of a layer, and the blocks of other modules' vectors; A is that of KFLR."""
         chain, hessian = self.steps
         at_outputs, factors = averaged(chain, hessian), {}
+        modules, jacobians = dict(self.model.named_modules()), {step.name: step.parameters for step in chain}
         for name, known in self.factors.items():
-            mat, out = at_outputs[name.partition(".")[0]], len(known[0])
-            factors[name] = [mat.reshape(out, len(mat) // out, out, -1).sum((1, 3)), *known[1:]]
+            layer, _, own_name = name.rpartition(".")
+            module, mat = modules[layer], at_outputs[name.partition(".")[0]]
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                groups = getattr(module, "groups", 1) if own_name == "weight" else 1
+                b = output_factor(module, mat, "backpack", groups)
+                factors[name] = [b if groups > 1 else b[0], *known[1:]]
+            else:
+                jacobian = jacobians[layer][name]
+                factors[name] = [(jacobian.mT @ mat @ jacobian).mean(0)]
         return factors
 
     @functools.cache  # noqa: B019

@@ -82,6 +82,27 @@ def averaged(chain: list[Step], hessian: Tensor) -> dict[str, Tensor]:
     return found
 
 
+def output_factor(module: nn.Module, mat: Tensor, convention: str, groups: int = 1) -> Tensor:
+    """B [groups, O, O] of a Linear layer or convolution with the matrix `mat` at its output.
+
+    expand: the sum over positions of the block that belongs to one, reduce: over all pairs of positions; "backpack" is
+    the first for Linear layers, the second for convolutions.
+    """
+    linear = isinstance(module, nn.Linear)
+    outputs = module.out_features if linear else module.out_channels
+    places = torch.arange(len(mat))  # of the features of a sample's output
+    places = places.reshape(-1, outputs) if linear else places.reshape(outputs, -1).T  # [R, O]
+    if convention == "backpack":
+        convention = "expand" if linear else "reduce"
+    result = torch.zeros(groups, outputs // groups, outputs // groups, dtype=mat.dtype)
+    for i, r in enumerate(places):
+        for j, s in enumerate(places):
+            if i == j or convention == "reduce":
+                for g, (rows, columns) in enumerate(zip(r.chunk(groups), s.chunk(groups), strict=True)):
+                    result[g] += mat[rows][:, columns]
+    return result
+
+
 def positive_blocks(chain: list[Step], hessian: Tensor, modify: str) -> dict[str, Tensor]:
     """By parameter name the block [|P|, |P|] of the positive-curvature Hessian (Dangel et al. 2020).
 

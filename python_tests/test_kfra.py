@@ -4,6 +4,7 @@ import pytest
 import torch
 from curvature_oracle import loss_hessian
 from helpers import assert_close, named
+from sequential_oracle import output_factor
 from torch import Tensor, nn
 
 from backpack_cuda import backpack, extend
@@ -64,21 +65,6 @@ def matrices(chain: nn.Sequential, inputs: Tensor, mat: Tensor, residuals=None) 
     return found
 
 
-def output_factor(module: nn.Module, output: Tensor, mat: Tensor, convention: str, groups: int) -> Tensor:
-    """[groups, O, O]: from the places of each position's outputs among a sample's features."""
-    places = torch.arange(output[0].numel()).reshape(output[0].shape)
-    places = places.reshape(-1, output.shape[-1]) if isinstance(module, nn.Linear) else places.flatten(1).T  # [R, O]
-    if convention == "backpack":
-        convention = "expand" if isinstance(module, nn.Linear) else "reduce"
-    result = torch.zeros(groups, places.shape[1] // groups, places.shape[1] // groups, dtype=mat.dtype)
-    for i, r in enumerate(places):
-        for j, s in enumerate(places):
-            if i == j or convention == "reduce":
-                for g, (rg, sg) in enumerate(zip(r.chunk(groups), s.chunk(groups), strict=True)):
-                    result[g] += mat[rg][:, sg]
-    return result
-
-
 def expected_b(model: nn.Sequential, inputs: Tensor, mat: Tensor, convention: str = "backpack", residuals=None):
     """By the name of a parameter the output factor: of layers, and the blocks of vectors of other modules."""
     names = {module: name for name, module in model.named_modules()}
@@ -89,7 +75,7 @@ def expected_b(model: nn.Sequential, inputs: Tensor, mat: Tensor, convention: st
             full_name = f"{names[module]}.{name}"
             if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
                 groups = getattr(module, "groups", 1) if name == "weight" else 1
-                b = output_factor(module, module(x), mat_out, convention, groups)
+                b = output_factor(module, mat_out, convention, groups)
                 result[full_name] = b if groups > 1 else b[0]
             elif parameter.dim() == 1:
                 rows = []
