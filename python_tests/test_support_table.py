@@ -41,7 +41,7 @@ from backpack_cuda.ops import composite
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
-# Name in the table -> (module, shape of a batch of inputs).
+# Name in the table -> (module, shape of a batch of inputs; of tokens where the module is an Embedding).
 LAYERS = {
     "`Linear`, 2-d input": (lambda: nn.Linear(5, 4), (6, 5)),
     "`Linear`, more dimensions": (lambda: nn.Linear(5, 4), (6, 2, 3, 5)),
@@ -51,6 +51,7 @@ LAYERS = {
     "`ConvTranspose1d`": (lambda: nn.ConvTranspose1d(4, 6, 3, stride=2, groups=2), (6, 4, 5)),
     "`ConvTranspose2d`": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1), (6, 4, 3, 4)),
     "`ConvTranspose3d`": (lambda: nn.ConvTranspose3d(2, 3, 2, padding=1), (6, 2, 3, 4, 3)),
+    "`Embedding`": (lambda: nn.Embedding(5, 3), (6, 4)),
     "`BatchNorm1d/2d/3d` in eval mode": (lambda: nn.BatchNorm2d(3).eval(), (6, 3, 4, 2)),
     "`BatchNorm1d/2d/3d` in train mode": (lambda: nn.BatchNorm2d(3), (6, 3, 4, 2)),
     "any other module that treats samples independently": (lambda: nn.LayerNorm([3, 4]), (6, 3, 4)),
@@ -76,6 +77,20 @@ SECOND_ORDER_LAYERS = {
 }
 
 
+def inputs_of(module, *shape) -> torch.Tensor:
+    """A batch of inputs."""
+    if isinstance(module, nn.Embedding):
+        return torch.randint(module.num_embeddings, shape)
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def way(module, used) -> str:
+    """How a layer's results are formed, where `used` says what composites ran."""
+    if isinstance(module, nn.Embedding):
+        return "scatter"  # test_embedding.py: within the memory of the result
+    return "kernel" if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not used else "torch"
+
+
 def cell(make_module, shape, extension, expected, device, monkeypatch) -> str:
     """Runs one quantity on one layer; what the table says about it."""
     used = []
@@ -84,11 +99,10 @@ def cell(make_module, shape, extension, expected, device, monkeypatch) -> str:
         monkeypatch.setattr(composite, name, lambda *a, original=original: (used.append("torch"), original(*a))[1])
     torch.manual_seed(0)
     module = make_module().double()
-    inputs = torch.randn(shape, dtype=torch.float64)
+    inputs = inputs_of(module, *shape)
     with torch.no_grad():
         targets = torch.randn_like(module(inputs))
     mixes = isinstance(module, nn.BatchNorm2d) and module.training
-    factorised = isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     reference = None if mixes else model_statistics(module, nn.MSELoss(), inputs, targets)
     extended = extend(module.to(device))
     loss = nn.MSELoss()(extended(inputs.to(device)), targets.to(device))
@@ -106,15 +120,16 @@ def cell(make_module, shape, extension, expected, device, monkeypatch) -> str:
             torch.testing.assert_close(result.cpu(), expected(reference[name]), rtol=1e-9, atol=1e-12)
     if caught:
         return "summands, warns"
-    return "kernel" if factorised and not used else "torch"
+    return way(module, used)
 
 
 def on_cuda(make_module, shape, monkeypatch) -> str:
     """Runs all quantities at once through the CUDA operators on the harness; what the table says about CUDA."""
     torch.manual_seed(0)
-    module, inputs = make_module().double(), torch.randn(shape, dtype=torch.float64)
+    module = make_module().double()
     if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-        return "torch; not measured"
+        return f"{way(module, [])}; not measured"
+    inputs = inputs_of(module, *shape)
     with torch.no_grad():
         targets = torch.randn_like(module(inputs))
     reference = model_statistics(module, nn.MSELoss(), inputs, targets)
@@ -135,8 +150,11 @@ def second_order_case(make_module, shape, before: bool):
     """(float64 model, inputs, targets): the layer by itself, or with parameters and a nonlinearity before it."""
     torch.manual_seed(0)
     module = make_module().double()
-    model = nn.Sequential(Scale(shape[-1]).double(), nn.Tanh(), module) if before else module
-    inputs = torch.randn(2, *shape[1:], dtype=torch.float64)
+    if isinstance(module, nn.Embedding):
+        model = nn.Sequential(module, nn.Tanh()) if before else module  # nothing can be before it
+    else:
+        model = nn.Sequential(Scale(shape[-1]).double(), nn.Tanh(), module) if before else module
+    inputs = inputs_of(module, 2, *shape[1:])
     with torch.no_grad():
         return model, inputs, torch.randn_like(model(inputs))
 
@@ -157,7 +175,8 @@ def run_and_compare(model, inputs, targets, extensions, device, tolerance=1e-9, 
         if "kflr" in fields and name not in factors and parameter.dim() < 2:
             factors[name] = [expected.blocks(name).sum(0)]
     extended, extended_loss = extend(model.to(device, dtype)), extend(nn.MSELoss())
-    value = extended_loss(extended(inputs.to(device, dtype)), targets.to(device, dtype))
+    inputs = inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
+    value = extended_loss(extended(inputs), targets.to(device, dtype))
     with backpack(*extensions):
         value.backward()
     assert_exact_ggn(model, expected, tolerance, fields)
@@ -187,7 +206,7 @@ def second_order_cell(make_module, shape, extensions, device, monkeypatch) -> st
             works.append(before)
     if not works:
         return "error"
-    text = "kernel" if isinstance(model[-1], nn.Linear | nn.modules.conv._ConvNd) and not used else "torch"
+    text = way(make_module(), used)
     return text if True in works else f"{text}; error for parameters before it"
 
 
@@ -203,7 +222,7 @@ def second_order_on_cuda(make_module, shape, monkeypatch) -> str:
     """Runs the exact quantities through the CUDA operators on the harness; what the table says about CUDA."""
     model, inputs, targets = second_order_case(make_module, shape, before=False)
     if not isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
-        return "torch; not measured"
+        return f"{way(model, [])}; not measured"
     called = []
     with monkeypatch.context() as patch:
         operators_on_harness.swap_in(patch.setattr, called.append)

@@ -21,12 +21,16 @@ from backpack_cuda.stats import ColumnStats, ColumnWant, Stats, Want, statistics
 
 
 class Runs(NamedTuple):
-    """Positions with the same sample and token; of R positions, as if there were R runs, the last ones without any."""
+    """Positions with the same sample and token, sorted by sample, then by token.
 
-    of_positions: Tensor  # [R] run of each position; R for the padding token
+    On the CPU R is the number of runs. On a GPU, which would have to be waited for, it is the number of positions, and
+    the runs beyond the last one are without any.
+    """
+
+    of_positions: Tensor  # [positions] run of each position; R for the padding token
     sample: Tensor  # [R]
     token: Tensor  # [R]
-    used: Tensor  # [R] whether the run has a position
+    used: Tensor | None  # [R] whether the run has a position; None if all have
 
 
 class Lookup:
@@ -46,41 +50,38 @@ class Lookup:
 
     @cached_property
     def runs(self) -> Runs:
-        tokens = self.tokens.reshape(-1).long()
-        r, e = len(tokens), self.num_embeddings
-        each = prod(self.tokens.shape[1:])
-        position = torch.arange(r, device=tokens.device)
+        n, e, each = self.batch_size, max(self.num_embeddings, 1), prod(self.tokens.shape[1:])
+        tokens = self.tokens.reshape(n, each).long()
+        keys = (tokens + torch.arange(0, n * e, e, device=tokens.device).unsqueeze(1)).reshape(-1)
         if each == 1:
-            run, sample, token = position, position, tokens
-            used = torch.ones_like(tokens, dtype=torch.bool)
+            key, run, used = keys, torch.arange(n, device=keys.device), None
+        elif _on_gpu(keys):
+            key, run, used = _runs_of_same_count(keys)
         else:
-            keys, order = (tokens + position.div(max(each, 1), rounding_mode="floor") * e).sort()
-            starts = torch.zeros_like(keys)
-            starts[1:] = keys[1:] != keys[:-1]
-            sorted_run = starts.cumsum(0)
-            run = torch.empty_like(keys).scatter_(0, order, sorted_run)
-            # Runs without positions, whose rows are zero, are counted to the last run.
-            key = keys[-1:].repeat(r).scatter_(0, sorted_run, keys)
-            sample, token = key.div(e, rounding_mode="floor"), key % e
-            used = position <= sorted_run[-1:]
+            key, run = keys.unique(return_inverse=True)
+            used = None
         if self.padding_idx is not None:
-            run = run.masked_fill(tokens == self.padding_idx, r)
-        return Runs(run, sample, token, used)
+            run = run.masked_fill(tokens.reshape(-1) == self.padding_idx, len(key))
+        return Runs(run, key.div(e, rounding_mode="floor"), key % e, used)
 
     def rows(self, gradients: Tensor) -> Tensor:
         """Output gradients [V, N, *, H] summed by run: [V, R, H], in the statistics' type."""
-        v, h, r = gradients.shape[0], gradients.shape[-1], self.tokens.numel()
-        gradients = gradients.to(statistics_dtype(gradients.dtype)).reshape(v * r, h)
-        # One more row for the padding token.
-        rows = sum_rows(gradients, _repeated(self.runs.of_positions, v, r + 1), v * (r + 1)).view(v, r + 1, h)[:, :r]
-        return rows if self.scale is None else rows * self.scale[self.runs.token].to(rows.dtype).unsqueeze(1)
+        v, h, r, positions = gradients.shape[0], gradients.shape[-1], len(self.runs.token), self.tokens.numel()
+        rows = gradients.to(statistics_dtype(gradients.dtype)).reshape(v * positions, h)
+        if self.padding_idx is not None or positions > self.batch_size:
+            size = r if self.padding_idx is None else r + 1  # the last row is the padding token's
+            rows = sum_rows(rows, _repeated(self.runs.of_positions, v, size), v * size)
+        rows = rows.view(v, -1, h)[:, :r]
+        if self.scale is None:
+            return rows
+        return rows * self.scale.index_select(0, self.runs.token).to(rows.dtype).unsqueeze(1)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows of runs [V, R, H] as per-sample gradients [V, N, E, H]."""
         v, _, h = rows.shape
         n, e = self.batch_size, self.num_embeddings
         index = _repeated(self.runs.sample * e + self.runs.token, v, n * e)
-        return rows.new_zeros(v * n * e, h).index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
+        return _zeros(rows, (v * n * e, h)).index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
 
     def sum_samples(self, rows: Tensor) -> Tensor:
         """Rows of runs [R, H] summed over the samples: [E, H]."""
@@ -97,6 +98,24 @@ class Lookup:
         return Lookup(torch.cat(tokens, 1).squeeze(2), self.num_embeddings, self.padding_idx)
 
 
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _runs_of_same_count(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct keys [R], the index of each key among them [R], and which of them are there; without `unique`.
+
+    The others, behind those, are equal to the last one.
+    """
+    ordered, order = keys.sort()
+    starts = torch.zeros_like(ordered)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    ordered_run = starts.cumsum(0)
+    run = torch.empty_like(keys).scatter_(0, order, ordered_run)
+    distinct = ordered[-1:].repeat(len(keys)).scatter_(0, ordered_run, ordered)
+    return distinct, run, torch.arange(len(keys), device=keys.device) <= ordered_run[-1:]
+
+
 def _repeated(index: Tensor, times: int, size: int) -> Tensor:
     """index [R] below `size` for `times` tensors behind each other: [times * R]."""
     if times == 1:
@@ -106,13 +125,15 @@ def _repeated(index: Tensor, times: int, size: int) -> Tensor:
 
 def sum_rows(rows: Tensor, index: Tensor, size: int) -> Tensor:
     """Rows [R, H] with the same index [R] summed: [size, H]. Differentiable."""
-    if rows.is_cuda and rows.numel():
+    if _on_gpu(rows) and rows.numel():
         return _sum_rows_sorted(rows, index, size)
-    if torch.is_grad_enabled():
-        zeros = rows.new_zeros(size, rows.shape[1])
-    else:
-        zeros = dispatch.empty_result(rows, (size, rows.shape[1])).zero_()
-    return zeros.index_add_(0, index, rows)
+    return _zeros(rows, (size, rows.shape[1])).index_add_(0, index, rows)
+
+
+def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if torch.is_grad_enabled() or like.dtype != statistics_dtype(like.dtype):
+        return like.new_zeros(shape)
+    return dispatch.empty_result(like, shape).zero_()
 
 
 def _sum_rows_sorted(rows: Tensor, index: Tensor, size: int) -> Tensor:
@@ -134,30 +155,37 @@ class EmbeddingUse(Use):
         return {name: self._stats(flags) for name, flags in want.items()}
 
     def _stats(self, want: int) -> Stats:
-        lookup, n = self.lookup, self.batch_size
-        _, sample, token, used = lookup.runs
+        lookup = self.lookup
         (rows,) = lookup.rows(self.grad_output.unsqueeze(0))  # [R, H]
         grad = batch_grad = batch_l2 = sum_grad_squared = centered = total = None
+        if want & Want.SUM_GRAD_CENTERED_SQUARED or (want & Want.GRAD and not self.sparse):
+            total = lookup.sum_samples(rows)
+        if want & Want.GRAD and not self.sparse:
+            grad = total.to(self.dtype)
         if want & Want.BATCH_GRAD:
             (batch_grad,) = lookup.spread(rows.to(self.dtype).unsqueeze(0))
         if want & (Want.BATCH_L2 | Want.SUM_GRAD_SQUARED):
             squares = rows.square()
             if want & Want.BATCH_L2:
-                batch_l2 = sum_rows(squares.sum(1, keepdim=True), sample, n).squeeze(1)
+                batch_l2 = sum_rows(squares.sum(1, keepdim=True), lookup.runs.sample, self.batch_size).squeeze(1)
             if want & Want.SUM_GRAD_SQUARED:
                 sum_grad_squared = lookup.sum_samples(squares)
-        if want & Want.SUM_GRAD_CENTERED_SQUARED or (want & Want.GRAD and not self.sparse):
-            total = lookup.sum_samples(rows)
-        if want & Want.GRAD and not self.sparse:
-            grad = total.to(self.dtype)
         if want & Want.SUM_GRAD_CENTERED_SQUARED:
-            mean = total[token] / max(n, 1)  # [R, H]
-            # The samples without the token deviate by the mean: their share goes to the runs of those with it.
-            samples = used.new_zeros(lookup.num_embeddings, dtype=rows.dtype).index_add_(0, token, used.to(rows.dtype))
-            without = (n / samples[token] - 1).unsqueeze(1)
-            deviations = (rows - mean).square() + without * mean.square()
-            centered = lookup.sum_samples(deviations.masked_fill(~used.unsqueeze(1), 0.0))
+            centered = self._centered(rows, total)
         return Stats(grad, batch_grad, batch_l2, sum_grad_squared, centered)
+
+    def _centered(self, rows: Tensor, total: Tensor) -> Tensor:
+        """sum_n (G_n - mean)^2 [E, H] from the rows of runs [R, H] and their sums over the samples [E, H].
+
+        Of k samples with a token the squared deviations from their own mean m are summed; k (1 - k/N) m^2 is due to the
+        others. It is added in k equal parts, so that only rows that occur are touched.
+        """
+        _, _, token, used = self.lookup.runs
+        occurs = rows.new_ones(len(rows)) if used is None else used.to(rows.dtype)
+        k = rows.new_zeros(len(total)).index_add_(0, token, occurs).index_select(0, token).unsqueeze(1)  # [R, 1]
+        mean = total.index_select(0, token) / k
+        squares = mean.square() * (1 - k / self.batch_size) + (rows - mean).square()
+        return self.lookup.sum_samples(squares if used is None else squares.masked_fill(~used.unsqueeze(1), 0.0))
 
     def select(self, samples: slice | Tensor) -> "EmbeddingUse":
         return EmbeddingUse(self.lookup.select(samples), self.grad_output[samples], self.sparse)
@@ -191,10 +219,7 @@ class EmbeddingColumns(ColumnUse):
         if want & ColumnWant.FACTOR:
             factor = lookup.spread(rows.to(self.dtype))
         if want & (ColumnWant.BATCH_DIAG | ColumnWant.DIAG):
-            squares = rows.square()
-            if signs is not None:
-                squares = squares * signs[:, lookup.runs.sample].unsqueeze(2)
-            squares = squares.sum(0)
+            squares = _signed_squares(rows, None if signs is None else signs.index_select(1, lookup.runs.sample))
             if want & ColumnWant.BATCH_DIAG:
                 (batch_diag,) = lookup.spread(squares.unsqueeze(0))
             if want & ColumnWant.DIAG:
@@ -213,3 +238,12 @@ class EmbeddingColumns(ColumnUse):
     def output_sums(self, name: str) -> Tensor:
         e, h = self.lookup.num_embeddings, self.columns.shape[-1]
         raise NoKroneckerFactors(f"{name} of size {[e, h]}, whose factor over the tokens would be of size {[e, e]}")
+
+
+def _signed_squares(rows: Tensor, signs: Tensor | None) -> Tensor:
+    """sum_v signs[v] rows[v]^2 of rows [V, R, H] and signs [V, R]: [R, H]."""
+    total = None
+    for v, row in enumerate(rows):  # one after the other: the squares of all columns are never there
+        signed = row if signs is None else row * signs[v].unsqueeze(1)
+        total = row * signed if total is None else total.addcmul(row, signed)
+    return total
