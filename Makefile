@@ -41,10 +41,11 @@ examples: demo
 	$(SAY) 'Laplace approximation'
 	@$(PY) examples/laplace_digits.py
 
-# With the demo, the peers and CUTLASS, so that no test of them is skipped.
+# With the demo, the peers and CUTLASS, so that no test of them is skipped. A process per core (of some 400 MB), to which
+# whole files go, in the order in which conftest.py puts them.
 test: build .venv/.test .venv/.demo .venv/.bench .venv/.cutlass
 	$(SAY) 'Running the tests'
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: build .venv/.bench
 	$(SAY) 'Running the benchmarks'

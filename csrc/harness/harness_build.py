@@ -1,8 +1,11 @@
 """Builds kernels for the CUDA-on-CPU harness: shared libraries for ctypes, cached under build/harness.
 
-A library is named by a hash of all that went into it, so a second run compiles nothing.
+A library is named by a hash of all that went into it, so a second run compiles nothing. Of several threads or processes
+that want the same file one makes it, and the others wait.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -15,7 +18,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from rewrite_ptx import rewrite
+import rewrite_ptx
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
@@ -66,17 +69,37 @@ def run_compiler(arguments):
         raise RuntimeError(f"{COMPILER} {' '.join(map(str, arguments))}\n{done.stderr[:8000]}")
 
 
+@functools.cache
+def compiler_version():
+    return subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def rewrite(text):
+    return rewrite_ptx.rewrite(text)
+
+
+@contextlib.contextmanager
+def locked(path):
+    """One thread of one process at a time; the system frees the lock of a process that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:  # it stays: removed, it could be locked twice
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def cached(key_parts, suffix, make):
     """The file in the cache for these parts; `make(path)` writes it when it is not there."""
-    version = subprocess.run([COMPILER, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256(repr([version, *key_parts]).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr([compiler_version(), *key_parts]).encode()).hexdigest()[:24]
     path = CACHE / (key + suffix)
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-            made = Path(folder) / path.name
-            make(made)
-            os.replace(made, path)
+    if path.exists():
+        return path
+    with locked(CACHE / "locks" / key):
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                made = Path(folder) / path.name
+                make(made)
+                os.replace(made, path)
     return path
 
 
