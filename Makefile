@@ -20,7 +20,7 @@ BUILD_INPUTS := setup.py CMakeLists.txt backpack_cuda/_version.py \
 
 help:
 	@echo 'make demo      find mislabelled digits by their gradient norms (writes report.png)'
-	@echo 'make examples  the demo, training with KFAC, uncertainty by Laplace (each under a minute)'
+	@echo 'make examples  the demo, training with KFAC, uncertainty by Laplace, tutorials (each under a minute)'
 	@echo 'make test      run the tests'
 	@echo 'make bench     measure against plain PyTorch, BackPACK and Opacus (some minutes)'
 	@echo 'make lint      check the style of Python and C++'
@@ -40,6 +40,14 @@ examples: demo
 	@$(PY) examples/kfac_training.py
 	$(SAY) 'Laplace approximation'
 	@$(PY) examples/laplace_digits.py
+	$(SAY) 'Optimisers beyond the average gradient'
+	@$(PY) examples/optimisers.py
+	$(SAY) 'Several backward passes: a tangent kernel'
+	@$(PY) examples/several_backward_passes.py
+	$(SAY) 'Gradient of a variance'
+	@$(PY) examples/gradient_of_variance.py
+	$(SAY) 'A convolution and an LSTM'
+	@$(PY) examples/digits_as_sequences.py
 
 # With the demo, the peers and CUTLASS, so that no test of them is skipped. A process per core (of some 400 MB), to which
 # whole files go, in the order in which conftest.py puts them.

@@ -4,15 +4,16 @@ import importlib.util
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import subprocess_environment
-from torch import nn
+from torch import Tensor, nn
 
 import backpack_cuda as bp
-from backpack_cuda import backpack
+from backpack_cuda import backpack, extend
 from backpack_cuda.extensions import BatchL2Grad, Variance
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +170,103 @@ def test_laplace_formulas(laplace_digits):
     variance = (jacobian @ precision.inverse() * jacobian).sum(-1).T
     smoothed = model(images) / (1 + torch.pi / 8 * variance).sqrt()
     torch.testing.assert_close(posterior.predict(images)[1], smoothed.softmax(1).detach())
+
+
+# Tutorial -> arguments of a short run.
+TUTORIALS = {
+    "optimisers": {"epochs": 1},
+    "several_backward_passes": {},
+    "gradient_of_variance": {"steps": 12},
+    "digits_as_sequences": {"epochs": 1},
+}
+
+
+def numbers(result) -> list[Tensor]:
+    """All numbers of a nested result."""
+    if isinstance(result, dict):
+        return [number for value in result.values() for number in numbers(value)]
+    if isinstance(result, list | tuple):
+        return [number for value in result for number in numbers(value)]
+    return [torch.as_tensor(result, dtype=torch.float64)]
+
+
+@pytest.mark.parametrize("name", TUTORIALS)
+def test_tutorial_gives_backpacks_numbers(name):
+    """The same program with the import changed."""
+    pytest.importorskip("backpack", reason="BackPACK is not installed")
+    source = (ROOT / f"examples/{name}.py").read_text()
+    found = []
+    for library in ("backpack_cuda", "backpack"):
+        program = {"__name__": name}
+        exec(compile(source.replace("backpack_cuda", library), name, "exec"), program)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")  # BackPACK's hooks
+            found.append(numbers(program["run"](**TUTORIALS[name])))
+    assert len(found[0]) > 1
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+
+
+def test_optimisers_learn():
+    """Each of them, within three epochs."""
+    results = example("optimisers").run()
+    for name, (losses, accuracy) in results.items():
+        assert losses[-1] < 0.5 * losses[0] and accuracy > 0.85, name
+
+
+def test_variance_adapted_factor():
+    """The estimated variance of the mini-batch gradient is that of all batches drawn with replacement."""
+    optimisers = example("optimisers")
+    torch.manual_seed(0)
+    model = extend(nn.Linear(3, 1).double())
+    x, start = torch.randn(8, 3, dtype=torch.float64), model.weight.detach().clone()
+    with backpack(Variance()):
+        model(x).square().mean().backward()
+    rows = 2 * (x @ start.T + model.bias.detach()) * x  # [N, 3]
+    variance = rows.var(0) / 8
+    optimisers.VarianceAdapted(model.parameters(), 1.0).step(8)
+    gradient = rows.mean(0)
+    expected = start - gradient**3 / (gradient.square() + variance)
+    torch.testing.assert_close(model.weight.detach(), expected)
+
+
+def test_tangent_kernel():
+    """Against Jacobians of single samples; the kernel recognises digits."""
+    program = example("several_backward_passes")
+    _, accuracy = program.run()
+    assert accuracy > 0.85
+    model = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    rows = program.jacobian(model, x)
+    for n, c in ((0, 0), (4, 1)):
+        expected = torch.autograd.grad(model(x[n : n + 1])[0, c], list(model.parameters()))
+        torch.testing.assert_close(rows[c, n], torch.cat([g.flatten() for g in expected]))
+
+
+def test_gradient_of_variance():
+    """The penalty works, and its gradient is that of finite differences."""
+    program = example("gradient_of_variance")
+    plain, penalised = program.run(steps=30).values()
+    assert penalised[-1][1] < 0.8 * plain[10][1] and penalised[-1][0] < plain[0][0]
+    model = extend(nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2))).double()
+    x, y = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 0, 1, 1])
+
+    def noise() -> Tensor:
+        return program.noise(model, nn.functional.cross_entropy(model(x), y))
+
+    (gradient,) = torch.autograd.grad(noise(), model[0].weight)
+    values = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            model[0].weight[1, 2] += step
+        values.append(noise().item())
+    assert gradient[1, 2].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_digits_as_sequences():
+    before, after, accuracy = example("digits_as_sequences").run(epochs=5)
+    assert accuracy > 0.7
+    assert all(norm > 0 and trace > 0 for measured in (before, after) for norm, trace in measured.values())
 
 
 def test_benchmark_runs(tmp_path):
