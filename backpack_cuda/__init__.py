@@ -25,6 +25,8 @@ from backpack_cuda.layers import (
     Embedding,
     Linear,
 )
+from backpack_cuda.utils.hooks import no_op
+from backpack_cuda.utils.module_classification import is_no_op
 
 __all__ = [
     "CTX",
@@ -43,6 +45,8 @@ __all__ = [
     "disable",
     "extend",
     "extensions",
+    "is_no_op",
     "memory_cleanup",
+    "no_op",
     "ops",
 ]

@@ -79,21 +79,55 @@ def _run(module: nn.Module, operation: ConvOperation, input: Tensor) -> Tensor:
     return run_layer(module, operation, input)
 
 
+def conv_geometry(module: nn.Module) -> tuple[ConvGeometry, tuple[int, ...] | None]:
+    """A convolution's geometry, and what is to be added to its input beforehand where that is not padded with zeros."""
+    padding, pad = module.padding, None
+    if isinstance(padding, str) or module.padding_mode != "zeros":
+        padding = (0,) * len(module.kernel_size)
+        pad = tuple(module._reversed_padding_repeated_twice)
+    geometry = ConvGeometry(
+        module.kernel_size, module.stride, padding, module.dilation, module.groups, False, (0,) * len(padding)
+    )
+    return geometry, pad
+
+
+def padded(input: Tensor, module: nn.Module, pad: tuple[int, ...] | None) -> Tensor:
+    """The input of a convolution with `pad` around it."""
+    if pad is None or not any(pad):
+        return input
+    return F.pad(input, pad, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+def conv_transpose_geometry(module: nn.Module, input: Tensor, output_size: Sequence[int] | None) -> ConvGeometry:
+    """A transposed convolution's geometry for an input; `output_size` as in its forward."""
+    output_padding = module._output_padding(
+        input,
+        None if output_size is None else list(output_size),
+        module.stride,
+        module.padding,
+        module.kernel_size,
+        len(module.kernel_size),
+        module.dilation,
+    )
+    return ConvGeometry(
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+        True,
+        tuple(output_padding),
+    )
+
+
 def conv_forward(module: nn.Module, stock_forward: Callable, input: Tensor) -> Tensor:
     """The forward of a convolution, prepared for quantities."""
     if not capturing(input):
         return stock_forward(input)
     if not has_plain_parameters(module):
         return generic_forward(module, stock_forward, input)
-    padding, pad = module.padding, None
-    if isinstance(padding, str) or module.padding_mode != "zeros":
-        padding = (0,) * len(module.kernel_size)
-        pad = tuple(module._reversed_padding_repeated_twice)
-        if any(pad):
-            input = F.pad(input, pad, "constant" if module.padding_mode == "zeros" else module.padding_mode)
-    geometry = ConvGeometry(
-        module.kernel_size, module.stride, padding, module.dilation, module.groups, False, (0,) * len(padding)
-    )
+    geometry, pad = conv_geometry(module)
+    input = padded(input, module, pad)
     return _run(module, _operation(geometry, pad), input)
 
 
@@ -105,22 +139,5 @@ def conv_transpose_forward(
         return stock_forward(input, output_size)
     if not has_plain_parameters(module):
         return generic_forward(module, stock_forward, input, output_size)
-    output_padding = module._output_padding(
-        input,
-        None if output_size is None else list(output_size),
-        module.stride,
-        module.padding,
-        module.kernel_size,
-        len(module.kernel_size),
-        module.dilation,
-    )
-    geometry = ConvGeometry(
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-        True,
-        tuple(output_padding),
-    )
+    geometry = conv_transpose_geometry(module, input, output_size)
     return _run(module, _operation(geometry), input)

@@ -1,0 +1,1 @@
+"""BackPACK's helper functions, under its import paths."""
