@@ -5,8 +5,7 @@ from numbers import Integral
 
 from torch import nn
 
-from backpack_cuda.capture import forget_passes
-from backpack_cuda.context import CTX
+from backpack_cuda.context import State, enter, leave
 from backpack_cuda.extensions import BackpropExtension
 
 
@@ -14,7 +13,8 @@ class backpack:
     """Backward passes inside this context also form the given quantities.
 
     Results are attributes of the parameters, named by the extension's `savefield` and overwritten by every backward
-    pass. A nested context replaces the outer one until it exits.
+    pass. A nested context replaces the outer one until it exits. A context holds for the thread that entered it, like
+    torch.no_grad().
 
     Args:
         *exts: instances of the classes in `backpack_cuda.extensions`; possibly none.
@@ -52,20 +52,10 @@ class backpack:
                 raise TypeError(f"memory_budget: expected an int, a number of bytes, or None, got {memory_budget!r}")
             if memory_budget < 1:
                 raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
-        self._state = (exts, debug, extension_hook, retain_graph, memory_budget)
-        self._outer: list[tuple] = []
-
-    @staticmethod
-    def _replace(state: tuple) -> tuple:
-        fields = ("_extensions", "_debug", "_extension_hook", "_retain_graph", "_memory_budget")
-        outer = tuple(getattr(CTX, field) for field in fields)
-        for field, value in zip(fields, state, strict=True):
-            setattr(CTX, field, value)
-        return outer
+        self._state = State(exts, debug, extension_hook, retain_graph, memory_budget)
 
     def __enter__(self) -> None:
-        self._outer.append(self._replace(self._state))
+        enter(self._state)
 
     def __exit__(self, *exception) -> None:
-        self._replace(self._outer.pop())
-        forget_passes()
+        leave()

@@ -6,6 +6,7 @@ what is wanted and forms it, together with the ordinary gradient, in one call. N
 
 import contextlib
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +19,7 @@ from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
 from backpack_cuda.autocast import autocast_enabled, without_autocast
-from backpack_cuda.context import CTX, disable, is_batching
+from backpack_cuda.context import CTX, current, is_batching, is_disabled, is_sweeping
 from backpack_cuda.extensions.first_order import FirstOrderExtension
 from backpack_cuda.extensions.kronecker import KFAC
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -39,8 +40,8 @@ def capturing(*inputs) -> bool:
     return (
         torch.is_grad_enabled()
         and all(map(_has_quantities, inputs))
-        and disable.should_store_io()
         and not torch.compiler.is_compiling()
+        and not is_disabled()
         and (torch._C._functorch.peek_interpreter_stack() is None or is_batching())
         and torch.autograd.forward_ad._current_level < 0
         and not torch.jit.is_tracing()
@@ -141,14 +142,14 @@ class LayerFunction(torch.autograd.Function):
         if ctx.sweeping:
             return (*operation.backward(grad_output, input, weight, (needs_input, False, False)), None, None)
         requested = CTX.get_active_exts() and (needs_weight or needs_bias)
-        if not requested and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
+        if not requested and (not _is_attended(module) or is_sweeping()):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
         parameters = parameters_of(ctx) if requested else {}
         state = Pass.current(ctx)
         state.check_covered(module, parameters)
         first_order = forms_from_gradients()
-        if not first_order and CTX.get_extension_hook() is None and IO_FLAG not in module.__dict__:
+        if not first_order and not _is_attended(module):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
         use = operation.use(input, grad_output)
         # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
@@ -171,15 +172,18 @@ apply_layer = super(torch.autograd.Function, LayerFunction).apply
 
 
 def parameters_of(node) -> dict[str, nn.Parameter]:
-    """The parameters of a layer's or observer's node that the running backward pass is asked for."""
+    """The parameters of a layer's or observer's node that the running backward pass is asked for.
+
+    None that was frozen since the forward pass: torch forms no gradient for those either.
+    """
     if isinstance(node, LayerFunction._backward_cls):
         return {
             name: parameter
             for edge, (name, parameter) in enumerate(node.parameters, start=1)
-            if node.needs_input_grad[edge] and _asked_for(node.next_functions[edge][0])
+            if node.needs_input_grad[edge] and parameter.requires_grad and _asked_for(node.next_functions[edge][0])
         }
     parameters = node.observation.parameters
-    return {name: p for name, p in parameters.items() if _asked_for(_get_grad_fn_or_grad_acc(p))}
+    return {name: p for name, p in parameters.items() if p.requires_grad and _asked_for(_get_grad_fn_or_grad_acc(p))}
 
 
 class Observation(NamedTuple):
@@ -215,11 +219,13 @@ class ObserverFunction(torch.autograd.Function):
         elif not CTX.get_active_exts():
             module_done(module)
         else:
-            args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
-            wanted, state = parameters_of(ctx), Pass.current(ctx)
-            state.check_covered(module, wanted)
-            use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
-            _record(state, ctx, module, use, wanted, args[0] if args else None, fused=False)
+            wanted = parameters_of(ctx)
+            if wanted or not is_sweeping():
+                args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
+                state = Pass.current(ctx)
+                state.check_covered(module, wanted)
+                use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
+                _record(state, ctx, module, use, wanted, args[0] if args else None, fused=False)
         return (None, None, *grad_outputs)
 
 
@@ -279,31 +285,31 @@ class _Reference(weakref.ref):
 
 
 _nodes: dict[int, list[_Reference]] = {}  # id of a parameter -> its nodes
+_nodes_lock = threading.RLock()  # R: a collection of garbage inside may call _forget()
 
 
 def _forget(reference: _Reference) -> None:
-    references = _nodes.get(reference.key)
-    if references is not None:
-        references.remove(reference)
-        if not references:
-            del _nodes[reference.key]
+    with _nodes_lock:
+        references = _nodes.get(reference.key)
+        if references is not None:
+            references.remove(reference)
+            if not references:
+                del _nodes[reference.key]
 
 
 def register(output: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     """Notes that the graph node which formed `output` uses `parameters`."""
     node = output.grad_fn
-    if CTX.get_active_exts():
-        task = torch._C._current_graph_task_id()
-        if task != -1:  # a forward inside a backward pass: activation checkpointing
-            node.outer_pass = Pass.of_task(task)
+    task = torch._C._current_graph_task_id()
+    if task != -1 and CTX.get_active_exts():  # a forward inside a backward pass: activation checkpointing
+        node.outer_pass = Pass.of_task(task)
     for parameter in parameters:
         reference = _Reference(node, _forget)
         reference.key = key = id(parameter)
-        references = _nodes.get(key)
-        if references is None:
-            _nodes[key] = [reference]
-        else:
+        with _nodes_lock:
+            references = _nodes.get(key, [])
             references.append(reference)
+            _nodes[key] = references  # again, where the last of the others was forgotten meanwhile
 
 
 class _Pending:
@@ -332,15 +338,14 @@ class Pass:
         self.curvature: dict[tuple[int, int], object] = {}
         self.factor_nodes: dict[tuple[int, int], frozenset[int]] = {}  # of Kronecker factors: ids of the uses' nodes
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
-        self._saved: list[tuple[nn.Parameter, str]] = []  # results of this pass
+        self._saved: list[tuple[nn.Parameter, str, Callable]] = []  # results of this pass, as weak references
 
     @classmethod
     def of_task(cls, task: int) -> "Pass":
         """The pass of the engine's task that runs now."""
         state = cls._of_task.get(task)
         if state is None:
-            state = cls._of_task[task] = cls()
-            Variable._execution_engine.queue_callback(functools.partial(cls._end, task, state))
+            state = cls._begin(task, cls())
         return state
 
     @classmethod
@@ -349,29 +354,34 @@ class Pass:
         task = torch._C._current_graph_task_id()
         outer = getattr(node, "outer_pass", None)
         if outer is not None and task not in cls._of_task:
-            cls._of_task[task] = outer
-            Variable._execution_engine.queue_callback(functools.partial(cls._of_task.pop, task, None))
+            return cls._begin(task, outer, is_part=True)
         return cls.of_task(task)
 
     @classmethod
-    def _end(cls, task: int, state: "Pass") -> None:
-        """Called by the engine: finishes what a use that never ran was waited for."""
-        cls._of_task.pop(task, None)
-        for key in list(state.pending):
-            state.finish_pending(key)
-        state.run_hooks()
+    def _begin(cls, task: int, state: "Pass", is_part: bool = False) -> "Pass":
+        cls._of_task[task] = state
+        Variable._execution_engine.queue_callback(_End(task, state, is_part))
+        return state
+
+    def finish(self) -> None:
+        """Finishes what a use that never ran was waited for."""
+        for key in list(self.pending):
+            self.finish_pending(key)
+        self.run_hooks()
 
     def save(self, parameter: nn.Parameter, ext, value) -> None:
         """Puts a result on a parameter."""
         if CTX.get_debug():
             print(f"[DEBUG] {ext} saves {ext.savefield} of a parameter {list(parameter.shape)}")
         setattr(parameter, ext.savefield, value)
-        self._saved.append((parameter, ext.savefield))
+        self._saved.append((parameter, ext.savefield, _weakly(value)))
 
     def discard(self) -> None:
         """Takes the results of a pass that failed from the parameters: they would be a part of the whole only."""
-        for parameter, savefield in self._saved:
-            parameter.__dict__.pop(savefield, None)
+        for parameter, savefield, saved in self._saved:
+            found = parameter.__dict__.get(savefield)
+            if found is not None and _weakly(found)() is saved():  # else of a later pass
+                del parameter.__dict__[savefield]
         self._saved.clear()
 
     def check_covered(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
@@ -389,7 +399,7 @@ class Pass:
 
     def expected(self, node, parameter) -> set[int]:
         """Ids of all nodes that use `parameter` in the running backward pass."""
-        references = _nodes.get(id(parameter), ())
+        references = list(_nodes.get(id(parameter), ()))  # others forget and register
         if len(references) == 1:
             return {id(node)}
         nodes = [other for reference in references if (other := reference()) is not None]
@@ -415,12 +425,32 @@ class Pass:
             module_done(module, input)
 
 
-def forget_passes() -> None:
-    """Drops the state of backward passes that ended in an error; none may be running."""
-    if torch._C._current_graph_task_id() == -1:
-        for state in Pass._of_task.values():
-            state.discard()
-        Pass._of_task.clear()
+class _End:
+    """Called by the engine at the end of a task; dropped by it, uncalled, with a task that failed."""
+
+    def __init__(self, task: int, state: Pass, is_part: bool):
+        self._task = task
+        self._state: Pass | None = state
+        self._is_part = is_part  # of the pass of another task
+
+    def __call__(self) -> None:
+        Pass._of_task.pop(self._task, None)
+        if not self._is_part:
+            self._state.finish()
+        self._state = None
+
+    def __del__(self):
+        if self._state is not None:
+            Pass._of_task.pop(self._task, None)
+            self._state.discard()
+
+
+def _weakly(result) -> Callable:
+    """A weak reference to a result, or to its first tensor, by which it is known."""
+    try:
+        return weakref.ref(result[0] if isinstance(result, list) and result else result)
+    except TypeError:  # of a kind that has none
+        return lambda: result
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,9 +576,14 @@ def _record(
     return gradients
 
 
+def _is_attended(module: nn.Module) -> bool:
+    """Whether somebody wants to know when a backward pass has come through this module."""
+    return current().extension_hook is not None or IO_FLAG in module.__dict__
+
+
 def module_done(module: nn.Module, input: Tensor | None = None) -> None:
     """Runs the extension hook of a module, with `module.input0` set to `input`, and drops what it stored."""
-    hook = CTX.get_extension_hook()
+    hook = current().extension_hook
     stores_io = IO_FLAG in module.__dict__
     if hook is not None:
         lent = input is not None and "input0" not in module.__dict__

@@ -1,120 +1,197 @@
-"""What passes shall do, as global state: the active quantities (`CTX`), and whether to prepare for any (`disable`)."""
+"""What passes shall do, per thread: the active quantities (`CTX`), and whether to prepare for any (`disable`).
+
+The state lies where torch keeps its own modes, so that a backward pass sees the one of the thread that called
+backward(), in whichever threads the engine runs it.
+"""
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+_KEY = "backpack_cuda"
+_get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 
 
-class CTX:
-    """What the innermost `with backpack(...)` asks for. BackPACK's class of this name; use `backpack` to change it."""
+class State(NamedTuple):
+    """What one thread's passes shall do."""
 
-    _extensions: tuple = ()
-    _debug: bool = False
-    _extension_hook: Callable[[nn.Module], None] | None = None
-    _retain_graph: bool = False
-    _memory_budget: int | None = None
-
-    @classmethod
-    def get_active_exts(cls) -> tuple:
-        """The active extensions, in the order in which they were given."""
-        return cls._extensions
-
-    @classmethod
-    def set_active_exts(cls, extensions) -> None:
-        """Replaces the active extensions."""
-        cls._extensions = tuple(extensions)
-
-    @classmethod
-    def is_extension_active(cls, *extension_classes: type) -> bool:
-        """Whether an extension of one of the given classes is active."""
-        return any(isinstance(extension, extension_classes) for extension in cls._extensions)
-
-    @classmethod
-    def get_debug(cls) -> bool:
-        """Whether debug output is printed."""
-        return cls._debug
-
-    @classmethod
-    def set_debug(cls, debug: bool) -> None:
-        """Switches debug output."""
-        cls._debug = debug
-
-    @classmethod
-    def get_extension_hook(cls) -> Callable[[nn.Module], None] | None:
-        """The function to call per module, or None."""
-        return cls._extension_hook
-
-    @classmethod
-    def set_extension_hook(cls, extension_hook: Callable[[nn.Module], None] | None) -> None:
-        """Replaces the function to call per module."""
-        cls._extension_hook = extension_hook
-
-    @classmethod
-    def get_retain_graph(cls) -> bool:
-        """Whether modules extended with `store_io=True` keep their stored input and output."""
-        return cls._retain_graph
-
-    @classmethod
-    def set_retain_graph(cls, retain_graph: bool) -> None:
-        """Switches whether stored inputs and outputs are kept."""
-        cls._retain_graph = retain_graph
-
-    @classmethod
-    def get_memory_budget(cls) -> int | None:
-        """Bytes that the columns of second-order quantities may take at a time; None for the default."""
-        return cls._memory_budget
+    extensions: tuple = ()
+    debug: bool = False
+    extension_hook: Callable[[nn.Module], None] | None = None
+    retain_graph: bool = False
+    memory_budget: int | None = None
+    disabled: int = 0  # how many `disable` are active
+    sweeping: bool = False  # whether backward passes push columns of a curvature, not the gradient
+    batching: bool = False  # whether they do so under a function transform
+    outer: "State | None" = None  # of the `with backpack(...)` around this one
 
 
-_local = threading.local()
+_NOTHING = State()
+_WANTED = ("extensions", "debug", "extension_hook", "retain_graph", "memory_budget")  # of a `with backpack(...)`
+
+
+def current() -> State:
+    """The state that holds for what this thread does now."""
+    try:
+        return _get(_KEY)
+    except RuntimeError:  # the first time in this thread
+        _set(_KEY, _NOTHING)
+        return _NOTHING
+
+
+def enter(wanted: State) -> None:
+    """Replaces what quantities are active, until `leave()`."""
+    outer = current()
+    _set(_KEY, outer._replace(**{name: getattr(wanted, name) for name in _WANTED}, outer=outer))
+
+
+def leave() -> None:
+    """Back to the state before the last `enter()`."""
+    _set(_KEY, current().outer or _NOTHING)
 
 
 @contextlib.contextmanager
-def sweeping() -> Iterator[None]:
-    """Marks that the backward passes of this thread push columns of a curvature, not the gradient."""
-    outer, _local.sweeping = is_sweeping(), True
+def _with(**changes) -> Iterator[None]:
+    outer = current()
+    _set(_KEY, outer._replace(**changes))
     try:
         yield
     finally:
-        _local.sweeping = outer
+        _set(_KEY, outer)
+
+
+def no_op(*args, **kwargs) -> None:
+    """Does nothing."""
+
+
+class CTX:
+    """What the innermost `with backpack(...)` of this thread asks for. BackPACK's class of this name.
+
+    Use `backpack` to change it. Each thread has a state of its own; the engine's threads work under the one of the
+    thread that called backward().
+    """
+
+    _handles: list[RemovableHandle] = []
+
+    @staticmethod
+    def get_active_exts() -> tuple:
+        """The active extensions, in the order in which they were given."""
+        return current().extensions
+
+    @staticmethod
+    def set_active_exts(active_exts: Iterable) -> None:
+        """Replaces the active extensions."""
+        _set(_KEY, current()._replace(extensions=tuple(active_exts)))
+
+    @staticmethod
+    def is_extension_active(*extension_classes: type) -> bool:
+        """Whether an extension of one of the given classes is active."""
+        return any(isinstance(extension, extension_classes) for extension in current().extensions)
+
+    @staticmethod
+    def get_debug() -> bool:
+        """Whether debug output is printed."""
+        return current().debug
+
+    @staticmethod
+    def set_debug(debug: bool) -> None:
+        """Switches debug output."""
+        _set(_KEY, current()._replace(debug=debug))
+
+    @staticmethod
+    def get_extension_hook() -> Callable[[nn.Module], None]:
+        """The function to call per module; one that does nothing where none was given."""
+        return current().extension_hook or no_op
+
+    @staticmethod
+    def set_extension_hook(extension_hook: Callable[[nn.Module], None] | None) -> None:
+        """Replaces the function to call per module."""
+        _set(_KEY, current()._replace(extension_hook=None if extension_hook is no_op else extension_hook))
+
+    @staticmethod
+    def get_retain_graph() -> bool:
+        """Whether modules keep their stored input and output after the backward pass."""
+        return current().retain_graph
+
+    @staticmethod
+    def set_retain_graph(retain_graph: bool) -> None:
+        """Switches whether stored inputs and outputs are kept."""
+        _set(_KEY, current()._replace(retain_graph=retain_graph))
+
+    @staticmethod
+    def get_memory_budget() -> int | None:
+        """Bytes that the columns of second-order quantities may take at a time; None for the default."""
+        return current().memory_budget
+
+    @staticmethod
+    def add_hook_handle(hook_handle: RemovableHandle) -> None:
+        """Notes the handle of a hook for `remove_hooks()`."""
+        CTX._handles.append(hook_handle)
+
+    @staticmethod
+    def remove_hooks() -> None:
+        """Removes the hooks whose handles were noted by `add_hook_handle()`.
+
+        Extended models keep working: what prepares them for quantities is no hook of theirs that is noted here. (In
+        BackPACK this call ends the extension of every model of the process.)
+        """
+        handles, CTX._handles = CTX._handles, []
+        for handle in handles:
+            handle.remove()
+
+
+def sweeping() -> contextlib.AbstractContextManager[None]:
+    """Marks that the backward passes of this thread push columns of a curvature, not the gradient."""
+    return _with(sweeping=True)
 
 
 def is_sweeping() -> bool:
-    """Whether this thread's backward pass pushes columns of a curvature."""
-    return getattr(_local, "sweeping", False)
+    """Whether this backward pass pushes columns of a curvature."""
+    return current().sweeping
 
 
-@contextlib.contextmanager
-def batching() -> Iterator[None]:
+def batching() -> contextlib.AbstractContextManager[None]:
     """Marks that this thread pushes columns through a graph under a function transform.
 
     Forward passes inside it can only be checkpointed segments that run again, and must save what they saved before.
     """
-    _local.batching = True
-    try:
-        yield
-    finally:
-        _local.batching = False
+    return _with(batching=True)
 
 
 def is_batching() -> bool:
-    """Whether this thread pushes columns through a graph under a function transform."""
-    return getattr(_local, "batching", False)
+    """Whether columns are pushed through a graph under a function transform."""
+    return current().batching
 
 
 class disable:
-    """Forward passes inside this context prepare for no quantity; they cost what torch's own layers cost."""
+    """Forward passes of this thread inside this context prepare for no quantity; they cost what torch's layers cost.
 
-    _depth = 0
+    Segments that torch.utils.checkpoint runs again with use_reentrant=False are the exception: both runs have to save
+    the same tensors, and one of them may be outside.
+    """
 
     def __enter__(self) -> None:
-        disable._depth += 1
+        _set(_KEY, current()._replace(disabled=current().disabled + 1))
 
     def __exit__(self, *exception) -> None:
-        disable._depth -= 1
+        _set(_KEY, current()._replace(disabled=current().disabled - 1))
 
     @staticmethod
     def should_store_io() -> bool:
-        """Whether forward passes prepare for quantities, that is, whether no `disable` is active."""
-        return disable._depth == 0
+        """Whether no `disable` is active."""
+        return not current().disabled
+
+
+def is_disabled() -> bool:
+    """Whether a forward pass must not prepare for quantities."""
+    return bool(current().disabled) and not _is_checkpointed()
+
+
+def _is_checkpointed() -> bool:
+    """Whether a checkpointed segment runs, for the first time or again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from backpack_cuda import layers
 from backpack_cuda.capture import IO_FLAG, module_done
-from backpack_cuda.context import disable, is_sweeping
+from backpack_cuda.context import is_disabled, is_sweeping
 from backpack_cuda.custom_module.branching import Parallel, _Branch
 from backpack_cuda.custom_module.reduce_tuple import ReduceTuple
 from backpack_cuda.rules import forward_for
@@ -95,7 +95,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
 
 def _announce(module: nn.Module, inputs: tuple, output) -> None:
     """Forward hook of modules without parameters: their extension hook runs when the backward pass reaches them."""
-    if torch.compiler.is_compiling() or not disable.should_store_io():
+    if torch.compiler.is_compiling() or is_disabled():
         return
     node = output.grad_fn if isinstance(output, Tensor) else None  # a tracer's stand-in has everything one asks for
     if node is not None:
@@ -122,7 +122,7 @@ class _Announcement:
 
 def _store_io(module: nn.Module, inputs: tuple, output) -> None:
     """Forward hook of modules extended with `store_io=True`."""
-    if not torch.is_grad_enabled() or not disable.should_store_io():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_disabled():
         return
     for position, value in enumerate(inputs):
         setattr(module, f"input{position}", value)

@@ -1,0 +1,491 @@
+"""What lives how long, and who sees it: contexts, threads, errors, attributes of modules, copies, memory."""
+
+import copy
+import subprocess
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from curvature_oracle import curvature
+from curvature_tools import assert_exact_ggn, backward
+from helpers import assert_close, some, subprocess_environment
+from model_cases import MODELS, all_extensions, assert_no_quantities, assert_quantities
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from backpack_cuda import CTX, backpack, disable, extend, memory_cleanup
+from backpack_cuda.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, SumGradSquared
+
+PLAIN = MODELS["mlp"]
+
+
+def prepared(case, device):
+    """(extended model, inputs, targets, expected statistics) of a case."""
+    inputs, targets = case.data()
+    return case.prepared().to(device), inputs.to(device), targets.to(device), case.expected(inputs, targets)
+
+
+def together(*functions) -> None:
+    """Calls functions in threads of their own, which start at the same time; raises the first error."""
+    barrier = threading.Barrier(len(functions))
+
+    def run(function):
+        barrier.wait()
+        function()
+
+    with ThreadPoolExecutor(len(functions)) as pool:
+        for future in [pool.submit(run, function) for function in functions]:
+            future.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The context
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_nested_contexts(device):
+    """The inner one replaces the outer one, all of it, until it exits."""
+    inner_hook, outer_hook = (lambda module: None), (lambda module: None)
+    outer, inner = BatchGrad(), BatchL2Grad()
+    assert CTX.get_active_exts() == () and CTX.get_extension_hook()(nn.ReLU()) is None
+    with backpack(outer, extension_hook=outer_hook, debug=True, retain_graph=True, memory_budget=7) as entered:
+        assert entered is None
+        with backpack(inner, extension_hook=inner_hook):
+            assert CTX.get_active_exts() == (inner,) and CTX.get_extension_hook() is inner_hook
+            assert not CTX.get_debug() and not CTX.get_retain_graph() and CTX.get_memory_budget() is None
+            with backpack():
+                assert CTX.get_active_exts() == ()
+        assert CTX.get_active_exts() == (outer,) and CTX.get_extension_hook() is outer_hook
+        assert CTX.get_debug() and CTX.get_retain_graph() and CTX.get_memory_budget() == 7
+    assert CTX.get_active_exts() == () and not CTX.get_debug() and not CTX.get_retain_graph()
+
+
+def test_one_context_object_used_again(device):
+    """Inside of itself, and in threads at the same time."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    other = PLAIN.prepared().to(device)
+    context = backpack(*all_extensions())
+
+    def step(model):
+        for _ in range(5):
+            model.zero_grad()
+            with context:
+                with context:
+                    pass
+                PLAIN.loss(model(inputs), targets).backward()
+            assert CTX.get_active_exts() == ()
+
+    together(lambda: step(model), lambda: step(other))
+    assert_quantities(model, expected)
+    assert_quantities(other, expected)
+
+
+def test_ctx(device):
+    """BackPACK's methods, as a program would call them to do what `backpack` does."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    seen = []
+    try:
+        CTX.set_active_exts(list(all_extensions()))
+        CTX.set_extension_hook(seen.append)
+        CTX.set_retain_graph(True)
+        CTX.set_debug(False)
+        assert CTX.is_extension_active(BatchGrad) and CTX.is_extension_active(DiagGGNExact, BatchGrad)
+        assert not CTX.is_extension_active(DiagGGNExact) and not CTX.is_extension_active()
+        assert CTX.get_extension_hook() == seen.append and CTX.get_retain_graph() and not CTX.get_debug()
+        PLAIN.loss(model(inputs), targets).backward()
+    finally:
+        CTX.set_active_exts(())
+        CTX.set_extension_hook(None)
+        CTX.set_retain_graph(False)
+    assert_quantities(model, expected)
+    assert model[0] in seen
+    assert CTX.get_extension_hook()(model) is None
+
+
+def test_what_is_set_inside_a_context_ends_with_it(device):
+    with backpack(BatchGrad()):
+        CTX.set_active_exts([BatchL2Grad()])
+        CTX.set_debug(True)
+        assert CTX.is_extension_active(BatchL2Grad)
+    assert CTX.get_active_exts() == () and not CTX.get_debug()
+
+
+def test_remove_hooks(device):
+    """Foreign hooks that were noted go; models keep working, extended again or not."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    called = []
+    CTX.add_hook_handle(model.register_forward_hook(lambda *args: called.append(args)))
+    CTX.remove_hooks()
+    CTX.remove_hooks()
+    for again in (False, True):
+        if again:
+            for module in model.modules():
+                module._backpack_extend = False
+            extend(model)
+        model.zero_grad()
+        with backpack(*all_extensions()):
+            PLAIN.loss(model(inputs), targets).backward()
+        assert_quantities(model, expected)
+    assert not called
+
+
+def clean_up(module: nn.Module) -> None:
+    """What Laplace does to a model that it extended."""
+    for child in module.children():
+        clean_up(child)
+    module._backpack_extend = False
+    memory_cleanup(module)
+
+
+@pytest.mark.parametrize("store_io", [False, True])
+def test_a_client_that_extends_and_cleans_up_at_each_call(store_io, device):
+    """The model stays right, and no hook, forward or attribute is added at each turn."""
+    inputs, targets = (t.to(device) for t in PLAIN.data())
+    expected = PLAIN.expected(*PLAIN.data())
+    model = PLAIN.stock().to(device)
+    counts = set()
+    for _ in range(3):
+        extend(model, store_io=store_io)
+        model.zero_grad()
+        with backpack(*all_extensions()):
+            PLAIN.loss(model(inputs), targets).backward()
+        assert_quantities(model, expected)
+        CTX.remove_hooks()
+        clean_up(model)
+        counts.add(sum(len(m._forward_hooks) + len(m._backward_hooks) + len(vars(m)) for m in model.modules()))
+    assert len(counts) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Threads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_with_different_quantities(device):
+    """Each thread's passes form what its own context asks for, also when all run at once."""
+    cases = some(MODELS, "mlp", "cnn", "shared modules", "layer norm").values()
+    kinds = (BatchGrad, BatchL2Grad, SumGradSquared, None)
+    models = []
+
+    def step(case, kind):
+        model, inputs, targets, expected = prepared(case, device)
+        for _ in range(10):
+            model.zero_grad()
+            if kind is None:
+                case.loss(model(inputs), targets).backward()
+            else:
+                with backpack(kind()):
+                    case.loss(model(inputs), targets).backward()
+        models.append((model, expected, () if kind is None else [kind().savefield]))
+
+    together(*[lambda case=case, kind=kind: step(case, kind) for case, kind in zip(cases, kinds, strict=True)])
+    for model, expected, attributes in models:
+        assert_quantities(model, expected, attributes=attributes)
+
+
+def test_threads_with_the_same_model(device):
+    """Graphs of one model in several threads: each pass counts the uses in its own graph alone."""
+    case = MODELS["shared modules"]
+    model, inputs, targets, expected = prepared(case, device)
+    parameters = dict(model.named_parameters())
+    lock = threading.Lock()
+
+    def step():
+        for _ in range(10):
+            loss = case.loss(model(inputs), targets)
+            with lock, backpack(*all_extensions()):
+                model.zero_grad()
+                loss.backward()
+                assert_quantities(model, expected)
+
+    together(*[step] * 4)
+    assert all(p.grad is not None for p in parameters.values())
+
+
+def test_second_order_in_threads(device):
+    """Sweeps at the same time, in models with parts that run no sweep of their own."""
+    cases = list(some(MODELS, "mlp", "cnn", "shared modules", "layer norm").values())
+    done = []
+
+    def step(case):
+        inputs, targets = case.data()
+        expected = curvature(case.stock(), lambda outputs: case.loss(outputs, targets), inputs)
+        model, loss = case.prepared().to(device), copy.deepcopy(case.loss)
+        for _ in range(3):
+            backward(model, loss, inputs.to(device), targets.to(device), DiagGGNExact())
+        done.append((model, expected))
+
+    together(*[lambda case=case: step(case) for case in cases])
+    for model, expected in done:
+        assert_exact_ggn(model, expected, fields=["diag_ggn_exact"])
+
+
+def deep(model, x: Tensor, depth: int) -> Tensor:
+    """So many nested reentrant backward passes that the engine moves to threads of its own."""
+    if depth == 0:
+        return model(x)
+    return checkpoint(lambda z: deep(model, z, depth - 1), x, use_reentrant=True)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 70])
+def test_the_engines_threads_see_the_callers_context(depth, device):
+    """In tensor hooks and layers, at any depth of reentrant checkpointing; at 70 no longer in the caller's thread."""
+    names = set()
+
+    def step(kinds):
+        model, inputs, targets, expected = prepared(PLAIN, device)
+        seen = []
+
+        def note(gradient):
+            names.add(threading.current_thread().name)
+            seen.append([type(ext) for ext in CTX.get_active_exts()])
+
+        class Noted(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                hidden = model[:2](x)
+                if hidden.requires_grad:  # not in the first run of a checkpointed segment
+                    hidden.register_hook(note)
+                return model[2:](hidden)
+
+        outputs = deep(Noted(), inputs.clone().requires_grad_(), depth)
+        with backpack(*[kind() for kind in kinds]):
+            PLAIN.loss(outputs, targets).backward()
+        assert seen == [list(kinds)]
+        assert_quantities(model, expected, attributes=[kind().savefield for kind in kinds])
+
+    together(
+        *[lambda kinds=kinds: step(kinds) for kinds in ((BatchGrad,), (BatchL2Grad, SumGradSquared), ())],
+    )
+    assert any(name.startswith("ThreadPool") for name in names) == (depth < 70)
+
+
+def test_a_context_ends_with_its_thread_alone(device):
+    """Its exit, by an error too, leaves the passes of other threads alone."""
+    case = MODELS["shared modules"]
+    model, inputs, targets, expected = prepared(case, device)
+    other = PLAIN.prepared().to(device)
+    other_inputs, other_targets = (t.to(device) for t in PLAIN.data())
+    in_the_middle, ended = threading.Event(), threading.Event()
+
+    def wait(gradient):
+        in_the_middle.set()
+        assert ended.wait(60)
+
+    def slow():
+        x = model.conv(inputs)  # its second use is differentiated before the wait, the first one after it
+        x.register_hook(wait)
+        x = model.conv(torch.relu(x)).flatten(1)
+        with backpack(*all_extensions()):
+            case.loss(model.out(model.linear(torch.sigmoid(model.linear(x)))), targets).backward()
+
+    def fast():
+        assert in_the_middle.wait(60)
+        with pytest.raises(ZeroDivisionError), backpack(BatchGrad(), extension_hook=lambda module: 1 / 0):
+            PLAIN.loss(other(other_inputs), other_targets).backward()
+        with backpack(BatchGrad()):
+            PLAIN.loss(other(other_inputs), other_targets).backward()
+        ended.set()
+
+    together(slow, fast)
+    assert_quantities(model, expected)
+    assert hasattr(other[0].weight, "grad_batch")
+
+
+def test_disable_holds_for_one_thread(device):
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    other = PLAIN.prepared().to(device)
+    both = threading.Barrier(2)
+
+    def disabled():
+        with disable():
+            both.wait()
+            loss = PLAIN.loss(other(inputs), targets)
+            both.wait()
+        with backpack(*all_extensions()):
+            loss.backward()
+
+    def enabled():
+        both.wait()
+        assert disable.should_store_io()
+        loss = PLAIN.loss(model(inputs), targets)
+        both.wait()
+        with backpack(*all_extensions()):
+            loss.backward()
+
+    together(disabled, enabled)
+    assert_quantities(model, expected)
+    assert_no_quantities(other)
+
+
+PROGRAM = """
+import sys, threading, torch
+from torch import nn
+from backpack_cuda import backpack, extend
+from backpack_cuda.extensions import BatchGrad
+
+def step():
+    model = extend(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    with backpack(BatchGrad(), extension_hook=lambda module: None):
+        model(torch.ones(3, 2)).sum().backward()
+        assert model[0].weight.grad_batch.shape == (3, 2, 2)
+
+for _ in range(20):
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+threading.Thread(target=step, daemon=True).start()
+context = backpack(BatchGrad(), extension_hook=lambda module: None)
+context.__enter__()
+step()
+print("done")
+"""
+
+
+def test_threads_and_processes_end_inside_of_contexts():
+    """Neither a thread's end nor the interpreter's stumbles over what is kept per thread."""
+    result = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", PROGRAM],
+        capture_output=True,
+        text=True,
+        env=subprocess_environment(),
+        timeout=120,
+    )
+    assert result.returncode == 0 and result.stdout.strip() == "done" and not result.stderr, result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Failing(BatchGrad):
+    """An extension that fails at a layer's result."""
+
+    def __init__(self, at: torch.Size):
+        super().__init__()
+        self.at = at
+
+    def quantity(self, stats, batch_size):
+        if stats.batch_grad.shape[1:] == self.at:
+            raise KeyError("from the extension")
+        return super().quantity(stats, batch_size)
+
+
+def failing_step(how: str, model, inputs, targets) -> None:
+    """A pass with BatchGrad that fails when the last layer has its result."""
+    ext, hook = BatchGrad(), None
+    if how == "hook":
+
+        def hook(module):
+            if module is model[0]:
+                raise KeyError("from the hook")
+
+    elif how == "extension":
+        ext = Failing(model[0].weight.shape)
+    hidden = model[0](inputs)
+    if how == "backward":
+
+        def fail(gradient):
+            raise KeyError("from a tensor hook")
+
+        hidden.register_hook(fail)
+    with backpack(ext, extension_hook=hook):
+        PLAIN.loss(model[1:](hidden), targets).backward()
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["caught outside", "caught inside"])
+@pytest.mark.parametrize("how", ["hook", "extension", "backward"])
+def test_errors(how, inside, device):
+    """No part of a failed pass stays; the next pass, in the same context or not, is right and stays so."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    if inside:
+        with backpack(*all_extensions()):
+            with pytest.raises(KeyError):
+                failing_step(how, model, inputs, targets)
+            assert_no_quantities(model)
+            assert len(CTX.get_active_exts()) == 4
+            model.zero_grad()
+            PLAIN.loss(model(inputs), targets).backward()
+    else:
+        with pytest.raises(KeyError):
+            failing_step(how, model, inputs, targets)
+        assert CTX.get_active_exts() == ()
+        assert_no_quantities(model)
+        model.zero_grad()
+        with backpack(*all_extensions()):
+            PLAIN.loss(model(inputs), targets).backward()
+    assert_quantities(model, expected)
+
+
+def test_an_error_does_not_take_the_results_of_a_later_pass(device):
+    """Nor does the end of the context in which it was caught."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    fails = [True]
+
+    def hook(module):
+        if module is model[0] and fails[0]:
+            raise KeyError("from the hook")
+
+    with backpack(*all_extensions(), extension_hook=hook):
+        with pytest.raises(KeyError) as error:  # which refers to the failed pass as long as it is kept
+            PLAIN.loss(model(inputs), targets).backward()
+        assert_no_quantities(model)
+        fails[0] = False
+        model.zero_grad()
+        PLAIN.loss(model(inputs), targets).backward()
+    assert_quantities(model, expected)
+    del error
+    assert_quantities(model, expected)
+
+
+def test_an_error_frees_what_the_pass_held(device):
+    """The first use of a shared module waits for the second, which never comes."""
+    case = MODELS["shared modules"]
+    model, inputs, targets, _ = prepared(case, device)
+    x = model.conv(inputs)
+
+    def fail(gradient):
+        raise KeyError("from a tensor hook")
+
+    x.register_hook(fail)
+    hidden = torch.relu(x)
+    alive = weakref.ref(hidden)
+    with backpack(*all_extensions()):
+        with pytest.raises(KeyError):
+            case.loss(
+                model.out(model.linear(torch.sigmoid(model.linear(model.conv(hidden).flatten(1))))), targets
+            ).backward()
+        del hidden, x
+        assert alive() is None
+
+
+def test_hook_of_a_frozen_layer_next_to_a_sweep(device):
+    """Once per pass, not once per column."""
+    model = extend(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))).to(device)
+    model[1].requires_grad_(False)
+    loss = extend(nn.MSELoss())
+    outputs = model(torch.randn(3, 3, device=device))
+    model[2].requires_grad_(False)  # too late for the forward pass
+    seen = []
+    with backpack(DiagGGNExact(), extension_hook=seen.append):
+        loss(outputs, torch.randn(3, 2, device=device)).backward()
+    assert len(seen) == len(set(seen)) and {model[0], model[1], model[3], loss} <= set(seen)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_disable_around_one_half_of_checkpointing(where, device):
+    """A segment's two runs must save the same: the gradient of square weights is right."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Tanh()).double()
+    x = torch.randn(4, 4, dtype=torch.float64)
+    model(x).square().sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    extend(model.to(device)).zero_grad()
+    with disable() if where == "forward" else backpack():
+        loss = checkpoint(model, x.to(device), use_reentrant=False).square().sum()
+    with disable() if where == "backward" else backpack():
+        loss.backward()
+    for parameter, reference in zip(model.parameters(), expected, strict=True):
+        assert_close(where, parameter.grad, reference, 1e-12)
