@@ -141,8 +141,9 @@ class LayerFunction(torch.autograd.Function):
         ]
         if ctx.sweeping:
             return (*operation.backward(grad_output, input, weight, (needs_input, False, False)), None, None)
-        requested = CTX.get_active_exts() and (needs_weight or needs_bias)
-        if not requested and (not _is_attended(module) or is_sweeping()):
+        now = current()
+        requested = now.extensions and (needs_weight or needs_bias)
+        if not requested and (now.sweeping or not _is_attended(module)):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
         parameters = parameters_of(ctx) if requested else {}
@@ -303,13 +304,17 @@ def register(output: Tensor, parameters: Iterable[nn.Parameter]) -> None:
     task = torch._C._current_graph_task_id()
     if task != -1 and CTX.get_active_exts():  # a forward inside a backward pass: activation checkpointing
         node.outer_pass = Pass.of_task(task)
-    for parameter in parameters:
-        reference = _Reference(node, _forget)
-        reference.key = key = id(parameter)
-        with _nodes_lock:
-            references = _nodes.get(key, [])
-            references.append(reference)
-            _nodes[key] = references  # again, where the last of the others was forgotten meanwhile
+    with _nodes_lock:
+        for parameter in parameters:
+            reference = _Reference(node, _forget)
+            reference.key = key = id(parameter)
+            references = _nodes.get(key)
+            if references is None:
+                _nodes[key] = [reference]
+            else:
+                references.append(reference)
+                if len(references) == 1:  # the last of the others was forgotten meanwhile
+                    _nodes[key] = references
 
 
 class _Pending:
@@ -338,6 +343,7 @@ class Pass:
         self.curvature: dict[tuple[int, int], object] = {}
         self.factor_nodes: dict[tuple[int, int], frozenset[int]] = {}  # of Kronecker factors: ids of the uses' nodes
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
+        self._debug = CTX.get_debug()
         self._saved: list[tuple[nn.Parameter, str, Callable]] = []  # results of this pass, as weak references
 
     @classmethod
@@ -371,7 +377,7 @@ class Pass:
 
     def save(self, parameter: nn.Parameter, ext, value) -> None:
         """Puts a result on a parameter."""
-        if CTX.get_debug():
+        if self._debug:
             print(f"[DEBUG] {ext} saves {ext.savefield} of a parameter {list(parameter.shape)}")
         setattr(parameter, ext.savefield, value)
         self._saved.append((parameter, ext.savefield, _weakly(value)))

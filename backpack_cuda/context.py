@@ -188,7 +188,7 @@ class disable:
 
 def is_disabled() -> bool:
     """Whether a forward pass must not prepare for quantities."""
-    return bool(current().disabled) and not _is_checkpointed()
+    return current().disabled > 0 and not _is_checkpointed()
 
 
 def _is_checkpointed() -> bool:

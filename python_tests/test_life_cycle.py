@@ -336,7 +336,14 @@ for _ in range(20):
     thread = threading.Thread(target=step)
     thread.start()
     thread.join()
-threading.Thread(target=step, daemon=True).start()
+def wait():
+    with backpack(BatchGrad()):
+        entered.set()
+        threading.Event().wait()
+
+entered = threading.Event()
+threading.Thread(target=wait, daemon=True).start()
+entered.wait()
 context = backpack(BatchGrad(), extension_hook=lambda module: None)
 context.__enter__()
 step()
