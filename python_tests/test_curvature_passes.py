@@ -159,7 +159,7 @@ def test_frozen_parameters(case, device):
             for i, parameter in enumerate(one.parameters()):
                 parameter.requires_grad_(i not in frozen)
         expected = curvature(stock, lambda f, y=targets: case.loss(f, y), inputs)
-        backward(model, case.loss, inputs.to(device), targets.to(device), *exact_extensions())
+        backward(model, copy.deepcopy(case.loss), inputs.to(device), targets.to(device), *exact_extensions())
         assert_exact_ggn(model, expected)
         for parameter in model.parameters():
             assert parameter.requires_grad or not hasattr(parameter, "diag_ggn_exact")
