@@ -109,7 +109,8 @@ def in_operand_types(backward: Callable) -> Callable:
 
     @functools.wraps(backward)
     def run(ctx, *grad_outputs):
-        with without_autocast(grad_outputs[0].device.type):
+        known = next((grad for grad in grad_outputs if grad is not None), None)
+        with contextlib.nullcontext() if known is None else without_autocast(known.device.type):
             return backward(ctx, *grad_outputs)
 
     return run
@@ -187,6 +188,37 @@ def parameters_of(node) -> dict[str, nn.Parameter]:
     return {name: p for name, p in parameters.items() if p.requires_grad and _asked_for(_get_grad_fn_or_grad_acc(p))}
 
 
+class PulledBack(Protocol):
+    """What V output gradients of a module's call become; formed when it is asked for."""
+
+    def use(self) -> Use:
+        """The per-sample gradients, of V = 1."""
+
+    def columns(self) -> ColumnUse:
+        """The same for all V."""
+
+    def gradients(self, names: Sequence[str]) -> list[Tensor]:
+        """[V, *input] of each named input."""
+
+
+class Replay(Protocol):
+    """A module's call whose backward pass is known, for V output gradients at once; keeps what several share."""
+
+    def pull_back(self, columns: Sequence[Tensor | None], count: int, keep: bool = False) -> PulledBack:
+        """From V = `count` gradients [V, *output] of each output, None for zeros.
+
+        With `keep` the next call returns the same again if it gets the same tensors.
+        """
+
+
+class ReplayRule(NamedTuple):
+    """How to replay a module's call."""
+
+    form: Callable[..., Replay]  # of (observation, args, kwargs)
+    batch_size: int
+    column_bytes: int  # that one output gradient takes on its way back
+
+
 class Observation(NamedTuple):
     """A module's call whose output gradients are asked for: what is needed to form its per-sample gradients later."""
 
@@ -196,18 +228,26 @@ class Observation(NamedTuple):
     form: Callable[..., Use]  # of (observation, args, kwargs, grad_outputs)
     rebuild_inputs: Callable[[tuple[Tensor, ...]], tuple[tuple, dict]]  # saved tensors -> args, kwargs
     autocast: torch.dtype | None  # autocast's type during the call
+    rule: ReplayRule | None  # None: torch's own backward pass is the only one known
+    edges: tuple[str, ...]  # with a rule, the inputs and parameters whose gradients the replay can form
 
 
 class ObserverFunction(torch.autograd.Function):
-    """Hands on a module's outputs, and their gradients to an observation; torch forms the ordinary gradients itself."""
+    """Hands on a module's outputs, and their gradients to an observation.
+
+    The ordinary gradients come from torch's own backward pass behind it; or, where a replay has to run anyway, from
+    that, on edges past torch's graph, which gets no gradients then.
+    """
 
     @staticmethod
-    def forward(ctx, observation, inputs, *outputs):
+    def forward(ctx, observation, inputs, *tensors):
         ctx.save_for_backward(*inputs)
         ctx.observation = observation
         ctx.sweeping = False
+        ctx.replay = None
+        ctx.set_materialize_grads(observation.rule is None)
         # detach(): a new tensor on the same storage that may be changed in place later, unlike an input handed on.
-        outputs = tuple(output.detach() for output in outputs)
+        outputs = tuple(output.detach() for output in tensors[: len(observation.positions)])
         return outputs if len(outputs) > 1 else outputs[0]
 
     @staticmethod
@@ -215,19 +255,89 @@ class ObserverFunction(torch.autograd.Function):
     def backward(ctx, *grad_outputs):
         observation = ctx.observation
         module = observation.module
+        gradients = {}  # of the edges past torch's graph
         if ctx.sweeping:
-            pass
+            if observation.rule is not None:
+                needed = _needed_edges(ctx)
+                pulled = _pull_back(replay_of(ctx, ctx.saved_tensors), needed, grad_outputs)
+                gradients = dict(zip(needed, pulled, strict=True))
+                grad_outputs = (None,) * len(grad_outputs)
         elif not CTX.get_active_exts():
             module_done(module)
         else:
             wanted = parameters_of(ctx)
             if wanted or not is_sweeping():
-                args, kwargs = observation.rebuild_inputs(ctx.saved_tensors)
+                saved = ctx.saved_tensors
+                args, kwargs = observation.rebuild_inputs(saved)
                 state = Pass.current(ctx)
                 state.check_covered(module, wanted)
-                use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
-                _record(state, ctx, module, use, wanted, args[0] if args else None, fused=False)
-        return (None, None, *grad_outputs)
+                pulled, fused = None, False
+                if observation.rule is None:
+                    use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
+                else:
+                    columns = [None if grad is None else grad[None] for grad in grad_outputs]
+                    pulled = replay_of(ctx, saved).pull_back(columns, 1)
+                    use = pulled.use()
+                    if wanted and forms_from_gradients() and not torch.is_grad_enabled():
+                        fused = not state.shared(ctx, wanted.values())
+                gradients = _record(state, ctx, module, use, wanted, args[0] if args else None, fused)
+                ctx.replay = None
+                if fused:
+                    inputs = [name for name in _needed_edges(ctx) if name not in observation.parameters]
+                    gradients |= dict(zip(inputs, (g[0] for g in pulled.gradients(inputs)), strict=True))
+                    grad_outputs = (None,) * len(grad_outputs)
+        return (None, None, *grad_outputs, *map(gradients.get, observation.edges))
+
+
+def _needed_edges(node) -> list[str]:
+    """The names of an observer's edges whose gradients the running backward pass needs."""
+    edges = node.observation.edges
+    first = len(node.next_functions) - len(edges)
+    return [name for i, name in enumerate(edges) if _reached(node.next_functions[first + i][0]) is not False]
+
+
+def replay_of(node, saved: tuple[Tensor, ...]) -> Replay:
+    """The replay of an observed call with a rule; its node keeps it until its own backward pass is done."""
+    create_graph = torch.is_grad_enabled()
+    if node.replay is None or node.replay[0] != create_graph:
+        observation = node.observation
+        node.replay = create_graph, observation.rule.form(observation, *observation.rebuild_inputs(saved))
+    return node.replay[1]
+
+
+class _PullBackFunction(torch.autograd.Function):
+    """A replay's gradients of inputs, with columns in the place of torch.vmap's batch dimension."""
+
+    @staticmethod
+    def forward(call, *columns):
+        return tuple(g[0] for g in call([None if c is None else c[None] for c in columns], 1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, call, *columns):
+        count = info.batch_size
+        moved = [
+            c if c is None else c.expand(count, *c.shape) if dim is None else c.movedim(dim, 0)
+            for c, dim in zip(columns, in_dims[1:], strict=True)
+        ]
+        found = tuple(call(moved, count))
+        return found, (0,) * len(found)
+
+
+def _pull_back(replay: Replay, names: Sequence[str], columns: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    """The gradients of named inputs from one gradient of each output; under torch.vmap from all at once."""
+
+    def call(columns: Sequence[Tensor | None], count: int) -> list[Tensor]:
+        return replay.pull_back(columns, count, keep=True).gradients(names)
+
+    if not names:
+        return []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return _PullBackFunction.apply(call, *columns)
+    return [g[0] for g in call([None if c is None else c[None] for c in columns], 1)]
 
 
 def without_tensors(args: tuple, kwargs: dict) -> tuple[list[Tensor], Callable[[tuple[Tensor, ...]], tuple]]:
@@ -246,10 +356,20 @@ def without_tensors(args: tuple, kwargs: dict) -> tuple[list[Tensor], Callable[[
     return tensors, rebuild
 
 
-def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kwargs: dict, output):
+def observe(
+    module: nn.Module,
+    parameters: dict,
+    form: Callable,
+    args: tuple,
+    kwargs: dict,
+    output,
+    rule: ReplayRule | None = None,
+    edges: dict[str, Tensor] | None = None,
+):
     """`output` again, with a node in the graph that hands its gradients to `form` where quantities are wanted.
 
-    `form(observation, args, kwargs, grad_outputs)` returns the per-sample gradients of `parameters`.
+    `form(observation, args, kwargs, grad_outputs)` returns the per-sample gradients of `parameters`. With a `rule`, its
+    replay forms these and the gradients of `edges`, the call's differentiated inputs and parameters by name.
     """
     leaves, structure = pytree.tree_flatten(output)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -265,8 +385,9 @@ def observe(module: nn.Module, parameters: dict, form: Callable, args: tuple, kw
     tensors, rebuild_inputs = without_tensors(args, kwargs)
     device_type = leaves[positions[0]].device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
-    observation = Observation(module, parameters, positions, form, rebuild_inputs, autocast)
-    observed = ObserverFunction.apply(observation, tensors, *[leaves[i] for i in positions])
+    edges = edges or {}
+    observation = Observation(module, parameters, positions, form, rebuild_inputs, autocast, rule, tuple(edges))
+    observed = ObserverFunction.apply(observation, tensors, *[leaves[i] for i in positions], *edges.values())
     observed = observed if isinstance(observed, tuple) else (observed,)
     register(observed[0], parameters.values())
     for i, leaf in zip(positions, observed, strict=True):

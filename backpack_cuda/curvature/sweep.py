@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of
+from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of, replay_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
@@ -53,8 +53,18 @@ class LayerCall:
     def module(self) -> nn.Module:
         return self.node.module if isinstance(self.node, _LAYER_NODE) else self.node.observation.module
 
+    @property
+    def batch_size(self) -> int | None:
+        """N; None for a module without a rule."""
+        if isinstance(self.node, _LAYER_NODE):
+            return self.node._input_metadata[0].shape[0]
+        rule = self.node.observation.rule
+        return None if rule is None else rule.batch_size
+
     def use(self, columns: Sequence[Tensor | None], count: int, saved: tuple[Tensor | None, ...]) -> ColumnUse:
         """The layer's per-sample gradients from `count` columns [V, *output] at each of its outputs (None: zeros)."""
+        if isinstance(self.node, _OBSERVER_NODE) and self.node.observation.rule is not None:
+            return replay_of(self.node, saved).pull_back(columns, count).columns()
         filled = [
             torch.zeros(count, *m.shape, dtype=m.dtype, device=m.device) if c is None else c
             for c, m in zip(columns, self.node._input_metadata, strict=True)
@@ -75,7 +85,7 @@ class Sweep:
         self.prediction = prediction
         self.edge = GradientEdge(prediction.grad_fn, prediction.output_nr)
         self.state = state
-        self.layers, mixing, self.structure = _layers(prediction)
+        self.layers, self.passing, mixing, self.structure = _layers(prediction)
         if not self.layers:
             raise RuntimeError(
                 f"{extensions[0]}: no parameter of an extended layer is between the prediction and the graph's leaves; "
@@ -92,7 +102,7 @@ class Sweep:
     def _batch_size(self) -> int:
         """N, which the layers know; a prediction may have been flattened to [N * R, C]."""
         rows = self.prediction.shape[0] if self.prediction.dim() else 1
-        sizes = {layer.node._input_metadata[0].shape[0] for layer in self.layers if isinstance(layer.node, _LAYER_NODE)}
+        sizes = {layer.batch_size for layer in self.layers} - {None}
         if len(sizes) == 1:
             (size,) = sizes
             if 0 < size < rows and rows % size == 0:
@@ -204,15 +214,16 @@ class Sweep:
     @contextlib.contextmanager
     def _marked(self) -> Iterator[None]:
         """The layers' backward passes inside form no weight gradients and no quantities."""
-        for layer in self.layers:
-            layer.node.sweeping = True
+        nodes = [layer.node for layer in self.layers] + self.passing
+        for node in nodes:
+            node.sweeping = True
         retained = self.prediction.grad if self.prediction.retains_grad else None
         try:
             with sweeping():
                 yield
         finally:
-            for layer in self.layers:
-                layer.node.sweeping = False
+            for node in nodes:
+                node.sweeping = False
             if self.prediction.retains_grad:  # without the columns
                 self.prediction.grad = retained
 
@@ -243,6 +254,8 @@ class Sweep:
         held = [edge.node._input_metadata[edge.output_nr]]
         held += [metadata for layer in self.layers for metadata in layer.node._input_metadata]
         column = sum(prod(metadata.shape) * metadata.dtype.itemsize for metadata in held)
+        rules = [layer.node.observation.rule for layer in self.layers if isinstance(layer.node, _OBSERVER_NODE)]
+        column += sum(rule.column_bytes for rule in rules if rule is not None)
         budget = CTX.get_memory_budget()
         device = self.prediction.device
         if budget is None:
@@ -400,12 +413,13 @@ def _own(result: Tensor, storages: set[int]) -> Tensor:
 _known_apart: weakref.WeakKeyDictionary[nn.Module, set] = weakref.WeakKeyDictionary()
 
 
-def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
+def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
     """The calls of layers in the prediction's graph with parameters that the running backward pass is asked for.
 
-    Also the nodes of batch normalisations, which may mix the samples, and a hash of all functions in their order.
+    Also the nodes of other calls whose backward pass is known, those of batch normalisations, which may mix the
+    samples, and a hash of all functions in their order.
     """
-    layers, mixing, names = [], [], []
+    layers, passing, mixing, names = [], [], [], []
     outside: set[int] = set()  # ids of the leaves that are reached from outside of layers with a rule
     visited, stack = set(), [prediction.grad_fn]
     while stack:
@@ -420,6 +434,8 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
             parameters = parameters_of(node)
             if parameters:
                 layers.append(LayerCall(node, parameters))
+            elif isinstance(node, _OBSERVER_NODE) and node.observation.rule is not None:
+                passing.append(node)
             if isinstance(node, _LAYER_NODE):
                 following = following[:1]  # of the input
         elif name == "torch::autograd::AccumulateGrad":
@@ -441,7 +457,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, int]:
                     f"{type(layer.module).__name__}.{name} also acts on the prediction from outside of its module, "
                     "where no quantity can be formed: use it in the forward of extended modules only, or freeze it"
                 )
-    return layers, mixing, hash(tuple(names))
+    return layers, passing, mixing, hash(tuple(names))
 
 
 def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtension]) -> None:

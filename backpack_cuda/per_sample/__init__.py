@@ -14,6 +14,7 @@ from backpack_cuda.per_sample.columns import (
 from backpack_cuda.per_sample.dense import DenseUse, LazyDenseUse, SummedUse
 from backpack_cuda.per_sample.embedding import EmbeddingColumns, EmbeddingUse, Lookup
 from backpack_cuda.per_sample.outer import BiasUse, ConvUse, LinearUse
+from backpack_cuda.per_sample.parts import Part, PartsColumns, PartsUse
 
 __all__ = [
     "AveragedBlocks",
@@ -32,6 +33,9 @@ __all__ = [
     "LoopedColumns",
     "NoKroneckerFactors",
     "NoPerSampleGradients",
+    "Part",
+    "PartsColumns",
+    "PartsUse",
     "SummedUse",
     "Use",
     "merge_columns",

@@ -36,6 +36,14 @@ class Use(ABC):
     def select(self, samples: slice | Tensor) -> "Use":
         """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""
 
+    def part(self, name: str) -> "tuple[Use, str]":
+        """What of a use of several parts a parameter belongs to, and its name there."""
+        return self, name
+
+    def around(self, part: "Use", name: str) -> "Use":
+        """A use that consists of such a part, in which the parameter has its name of this one."""
+        return part
+
     def joined(self, uses: Sequence["Use"]) -> "Use | None":
         """`uses` of one weight, all of this kind, as a single one with their positions behind each other.
 

@@ -59,6 +59,14 @@ class ColumnUse(ABC):
     def select(self, samples: slice | Tensor) -> "ColumnUse":
         """The same use restricted to some samples: a slice, or indices [K] (which may repeat)."""
 
+    def part(self, name: str) -> "tuple[ColumnUse, str]":
+        """What of a use of several parts a parameter belongs to, and its name there."""
+        return self, name
+
+    def around(self, part: "ColumnUse", name: str) -> "ColumnUse":
+        """A use that consists of such a part, in which the parameter has its name of this one."""
+        return part
+
     def joined(self, uses: Sequence["ColumnUse"]) -> "ColumnUse | None":
         """`uses` of one weight, all of this kind, as a single one with their positions behind each other.
 
@@ -66,8 +74,8 @@ class ColumnUse(ABC):
         """
         return None
 
-    def positions(self) -> int:
-        """R, how often the weight is applied to a sample."""
+    def positions(self) -> float:
+        """R, how often the weight is applied to a sample, on average."""
         return 1
 
     def groups(self, name: str) -> int:
@@ -124,9 +132,10 @@ def moment(rows: Tensor, groups: int, scale: float = 1.0) -> Tensor:
 class LinearColumns(ColumnUse):
     """A Linear layer: G_vn = sum_t columns[v, n, t] input[n, t]^T of `weight`, sum_t columns[v, n, t] of `bias`."""
 
-    def __init__(self, input: Tensor | None, columns: Tensor):
+    def __init__(self, input: Tensor | None, columns: Tensor, lengths: Tensor | None = None):
         self.input = input  # [N, *, I]; None where only the bias is trained
         self.columns = columns  # [V, N, *, O]
+        self.lengths = lengths  # [N], positions of each sample, the others being zero; None for all
         self.batch_size = columns.shape[1]
         self.dtype = columns.dtype
 
@@ -138,10 +147,11 @@ class LinearColumns(ColumnUse):
         return dict(zip(("weight", "bias"), pair, strict=True))
 
     def select(self, samples: slice | Tensor) -> "LinearColumns":
-        return LinearColumns(None if self.input is None else self.input[samples], self.columns[:, samples])
+        input = None if self.input is None else self.input[samples]
+        return LinearColumns(input, self.columns[:, samples], None if self.lengths is None else self.lengths[samples])
 
-    def positions(self) -> int:
-        return prod(self.columns.shape[2:-1])
+    def positions(self) -> float:
+        return prod(self.columns.shape[2:-1]) if self.lengths is None else self.lengths.double().mean().item()
 
     def input_identity(self, name: str) -> Hashable | None:
         return _identity(self.input) if name == "weight" else None
@@ -150,13 +160,17 @@ class LinearColumns(ColumnUse):
         return dispatch.linear_kron_factor(self.input, scale) if name == "weight" else None
 
     def input_sums(self, name: str) -> Tensor | None:
-        return _sum_positions(self.input, 1) if name == "weight" else None
+        if name != "weight":
+            return None
+        sums = _sum_positions(self.input, 1)
+        # Times R / R_n, so that the mean over positions is that of each sample.
+        return sums if self.lengths is None else sums * (self.positions() / self.lengths)[:, None].to(sums)
 
     def with_mean_input(self, name: str) -> "LinearColumns":
         return LinearColumns(None if self.input is None else _mean_sample(self.input), self.columns[:, :1])
 
     def by_position(self, matrix: Tensor) -> Tensor:
-        positions, outputs = self.positions(), self.columns.shape[-1]
+        positions, outputs = prod(self.columns.shape[2:-1]), self.columns.shape[-1]
         return matrix.view(positions, outputs, positions, outputs)
 
     def output_moment(self, name: str) -> Tensor:
@@ -168,7 +182,7 @@ class LinearColumns(ColumnUse):
     def joined(self, uses: Sequence["LinearColumns"]) -> "LinearColumns":
         inputs = [positions_flat(use.input, 1) for use in uses]  # [N, T, I] each
         columns = [positions_flat(use.columns, 2) for use in uses]  # [V, N, T, O] each
-        return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2))
+        return LinearColumns(torch.cat(inputs, 1), torch.cat(columns, 2), sum_of_lengths(uses))
 
 
 class ConvColumns(ColumnUse):
@@ -336,11 +350,20 @@ class SummedColumns(ColumnUse):
 
 def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
-    summed = SummedColumns(uses)
-    kinds = {type(use) for use, _ in uses}
-    if len(kinds) > 1 or any(name != "weight" for _, name in uses):
-        return summed
-    return uses[0][0].joined([use for use, _ in uses]) or summed
+    parts = [use.part(name) for use, name in uses]
+    joined = None
+    if len({type(use) for use, _ in parts}) == 1 and all(name == "weight" for _, name in parts):
+        joined = parts[0][0].joined([use for use, _ in parts])
+    first, name = uses[0]
+    return SummedColumns(uses) if joined is None else first.around(joined, name)
+
+
+def sum_of_lengths(uses: Sequence) -> Tensor | None:
+    """[N]: each sample's positions in several uses of one kind together, None where all samples have the same."""
+    if all(use.lengths is None for use in uses):
+        return None
+    positions = [prod(use.input.shape[1:-1]) if use.lengths is None else use.lengths for use in uses]
+    return torch.stack(torch.broadcast_tensors(*map(torch.as_tensor, positions))).sum(0)
 
 
 def _identity(tensor: Tensor) -> Hashable:

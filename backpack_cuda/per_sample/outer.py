@@ -8,16 +8,17 @@ from torch import Tensor
 from backpack_cuda.ops import dispatch
 from backpack_cuda.ops.geometry import ConvGeometry
 from backpack_cuda.per_sample.base import Use
-from backpack_cuda.per_sample.columns import ConvColumns, LinearColumns, positions_flat
+from backpack_cuda.per_sample.columns import ConvColumns, LinearColumns, positions_flat, sum_of_lengths
 from backpack_cuda.stats import Stats, Want
 
 
 class LinearUse(Use):
     """G_n = sum_t grad_output[n, t] input[n, t]^T of `weight`, sum_t grad_output[n, t] of `bias`."""
 
-    def __init__(self, input: Tensor, grad_output: Tensor):
+    def __init__(self, input: Tensor, grad_output: Tensor, lengths: Tensor | None = None):
         self.input = input  # [N, *, I]
         self.grad_output = grad_output  # [N, *, O]
+        self.lengths = lengths  # as of LinearColumns
         self.batch_size = input.shape[0]
         self.dtype = input.dtype
 
@@ -28,15 +29,16 @@ class LinearUse(Use):
         return dict(zip(("weight", "bias"), pair, strict=True))
 
     def select(self, samples: slice | Tensor) -> "LinearUse":
-        return LinearUse(self.input[samples], self.grad_output[samples])
+        lengths = None if self.lengths is None else self.lengths[samples]
+        return LinearUse(self.input[samples], self.grad_output[samples], lengths)
 
     def joined(self, uses: Sequence["LinearUse"]) -> "LinearUse":
         inputs = [positions_flat(use.input, 1) for use in uses]  # [N, T, I] each
         grad_outputs = [positions_flat(use.grad_output, 1) for use in uses]  # [N, T, O] each
-        return LinearUse(torch.cat(inputs, 1), torch.cat(grad_outputs, 1))
+        return LinearUse(torch.cat(inputs, 1), torch.cat(grad_outputs, 1), sum_of_lengths(uses))
 
     def as_columns(self) -> LinearColumns:
-        return LinearColumns(self.input, self.grad_output[None])
+        return LinearColumns(self.input, self.grad_output[None], self.lengths)
 
 
 class BiasUse(Use):

@@ -11,6 +11,7 @@ from backpack_cuda.rules.embedding import embedding_forward
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.linear import linear_forward
 from backpack_cuda.rules.loss import loss_forward
+from backpack_cuda.rules.recurrent import recurrent_forward
 
 # torch's forward -> ours. Looked up by the function, so that a subclass with a forward of its own is not mistaken.
 _FORWARDS = {
@@ -23,6 +24,9 @@ _FORWARDS = {
     nn.ConvTranspose3d.forward: conv_transpose_forward,
     nn.Embedding.forward: embedding_forward,
     nn.BatchNorm2d.forward: batch_norm_forward,  # one function for every dimension
+    nn.RNN.forward: recurrent_forward,
+    nn.LSTM.forward: recurrent_forward,
+    nn.GRU.forward: recurrent_forward,
 }
 
 

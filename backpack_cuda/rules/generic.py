@@ -58,7 +58,7 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
 
 
 @contextlib.contextmanager
-def _without_fused_recurrence(module: nn.Module):
+def without_fused_recurrence(module: nn.Module):
     """Recurrent layers by torch's own operations: the libraries' fused ones fail under function transforms."""
     if not any(isinstance(part, nn.RNNBase) for part in module.modules()):
         yield
@@ -154,7 +154,7 @@ class _Samples:
         self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...], autocast: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Per-sample gradients [N, *P] of the named parameters, of a call that ran under `autocast` (None: did not)."""
-        with _without_fused_recurrence(self._bare), _without_saved_tensor_hooks():
+        with without_fused_recurrence(self._bare), _without_saved_tensor_hooks():
             try:
                 if autocast is None:
                     return self._batch_grads(parameters, grad_outputs)
