@@ -350,12 +350,13 @@ class SummedColumns(ColumnUse):
 
 def merge_columns(uses: Sequence[tuple[ColumnUse, str]]) -> ColumnUse:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
+    summed = SummedColumns(uses)
     parts = [use.part(name) for use, name in uses]
     joined = None
     if len({type(use) for use, _ in parts}) == 1 and all(name == "weight" for _, name in parts):
         joined = parts[0][0].joined([use for use, _ in parts])
     first, name = uses[0]
-    return SummedColumns(uses) if joined is None else first.around(joined, name)
+    return summed if joined is None else first.around(joined, name)
 
 
 def sum_of_lengths(uses: Sequence) -> Tensor | None:

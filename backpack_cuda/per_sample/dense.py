@@ -90,9 +90,10 @@ class SummedUse(Use):
 
 def merge(uses: list[tuple[Use, str]]) -> Use:
     """All uses of one parameter as a single use; ask it for the parameter under the first use's name."""
+    summed = SummedUse(uses)
     parts = [use.part(name) for use, name in uses]
     joined = None
     if len({type(use) for use, _ in parts}) == 1 and all(name == "weight" for _, name in parts):
         joined = parts[0][0].joined([use for use, _ in parts])
     first, name = uses[0]
-    return SummedUse(uses) if joined is None else first.around(joined, name)
+    return summed if joined is None else first.around(joined, name)
