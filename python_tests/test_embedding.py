@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import resource
 
 import pytest
 import torch
@@ -362,6 +363,24 @@ def test_memory_is_that_of_the_result(device):
     assert weight.batch_l2.shape == (n,)
     assert weight.sum_grad_squared.shape == weight.diag_ggn_mc.shape == (e, h)
     assert ((weight.sum_grad_squared.sum(1) > 0) == (weight.grad.abs().sum(1) > 0)).all()
+
+
+def test_large_results_are_written_where_they_are_not_zero(device):
+    """Of 3 GiB of per-sample gradients a few pages; they are ordinary tensors, which may be changed and copied."""
+    module = extend(nn.Embedding(1 << 18, 32, dtype=torch.bfloat16 if device.type == "cuda" else None).to(device))
+    tokens = torch.randint(1 << 18, (100, 4), device=device)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    backward(module, tokens, torch.ones(100, 4, 32, device=device), BatchGrad())
+    rows = module.weight.grad_batch
+    if device.type == "cpu":
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 512 << 10  # KiB
+    assert rows.shape == (100, 1 << 18, 32)
+    for n in (0, 99):
+        expected = torch.zeros(1 << 18).index_add(0, tokens[n].cpu(), torch.ones(4))
+        assert torch.equal(rows[n].cpu().float(), expected[:, None].expand(-1, 32))
+        assert torch.equal(rows[n].clone().mul_(2).sum().cpu().float(), torch.tensor(4 * 32 * 2.0))
+    rows[3] = 1
+    assert (rows[3] == 1).all()
 
 
 def test_sums_for_a_gpu(monkeypatch):

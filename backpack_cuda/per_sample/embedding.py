@@ -6,6 +6,7 @@ as there are positions. All sizes are known beforehand, so that a GPU is never w
 order on the CPU and on CUDA: results are deterministic.
 """
 
+import mmap
 from collections.abc import Sequence
 from functools import cached_property
 from math import prod
@@ -18,6 +19,9 @@ from backpack_cuda.ops import dispatch
 from backpack_cuda.per_sample.base import Use
 from backpack_cuda.per_sample.columns import ColumnUse, NoKroneckerFactors, positions_flat
 from backpack_cuda.stats import ColumnStats, ColumnWant, Stats, Want, statistics_dtype
+
+_PAGE = 4096  # bytes
+_LARGE = 16 << 20  # bytes of a result above which no memory of earlier results is kept (csrc/cpu/result_pool.cpp)
 
 
 class Runs(NamedTuple):
@@ -81,7 +85,12 @@ class Lookup:
         v, _, h = rows.shape
         n, e = self.batch_size, self.num_embeddings
         index = _repeated(self.runs.sample * e + self.runs.token, v, n * e)
-        return _zeros(rows, (v * n * e, h)).index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
+        result, bytes_per_row = None, max(_PAGE, h * rows.dtype.itemsize)
+        if rows.device.type == "cpu" and not torch.is_grad_enabled():
+            result = _zeros_by_page(rows, (v * n * e, h), touched=len(index) * bytes_per_row)
+        if result is None:
+            result = _zeros(rows, (v * n * e, h))
+        return result.index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
 
     def sum_samples(self, rows: Tensor) -> Tensor:
         """Rows of runs [R, H] summed over the samples: [E, H]."""
@@ -134,6 +143,19 @@ def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if torch.is_grad_enabled() or like.dtype != statistics_dtype(like.dtype):
         return like.new_zeros(shape)
     return dispatch.empty_result(like, shape).zero_()
+
+
+def _zeros_by_page(like: Tensor, shape: tuple[int, int], touched: int) -> Tensor | None:
+    """Zeros in fresh memory that the system provides page by page, when a page is first written.
+
+    Of a large result all but the `touched` bytes are then neither written nor taken. None where zeros are written faster:
+    pages in order cost less than single ones, and for a small result earlier ones may have left memory.
+    """
+    size = prod(shape) * like.dtype.itemsize
+    if size < max(_LARGE, 4 * touched):
+        return None
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 def _sum_rows_sorted(rows: Tensor, index: Tensor, size: int) -> Tensor:
