@@ -18,8 +18,9 @@ from torch.autograd import Variable
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
+from backpack_cuda.authored import OpenCalls, authored
 from backpack_cuda.autocast import autocast_enabled, without_autocast
-from backpack_cuda.context import CTX, current, is_batching, is_disabled, is_sweeping
+from backpack_cuda.context import CTX, current, is_authoring, is_batching, is_disabled, is_sweeping
 from backpack_cuda.extensions.first_order import FirstOrderExtension
 from backpack_cuda.extensions.kronecker import KFAC
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -91,7 +92,7 @@ class LayerOperation(Protocol):
         """The module's input from the one that `forward` got."""
 
 
-def _reached(node) -> bool | None:
+def reached(node) -> bool | None:
     """Whether the running backward pass forms the gradient that `node` receives; None where torch does not say."""
     try:
         return node is not None and torch._C._will_engine_execute_node(node)
@@ -101,7 +102,7 @@ def _reached(node) -> bool | None:
 
 def _asked_for(accumulator) -> bool:
     """Whether the running backward pass forms the gradient of the parameter with this gradient accumulator."""
-    return _reached(accumulator) is not False  # torch refuses to say it of leaves that torch.autograd.grad() asked for
+    return reached(accumulator) is not False  # torch refuses to say it of leaves that torch.autograd.grad() asked for
 
 
 def in_operand_types(backward: Callable) -> Callable:
@@ -137,14 +138,14 @@ class LayerFunction(torch.autograd.Function):
         module, operation = ctx.module, ctx.operation
         # A backward pass that was asked for some gradients only (`inputs=...`) does not reach every edge.
         needs_input, needs_weight, needs_bias = needs = [
-            need and _reached(ctx.next_functions[edge][0]) is not False
+            need and reached(ctx.next_functions[edge][0]) is not False
             for edge, need in enumerate(ctx.needs_input_grad[:3])
         ]
         if ctx.sweeping:
             return (*operation.backward(grad_output, input, weight, (needs_input, False, False)), None, None)
         now = current()
         requested = now.extensions and (needs_weight or needs_bias)
-        if not requested and (now.sweeping or not _is_attended(module)):
+        if now.authoring or (not requested and (now.sweeping or not _is_attended(module))):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
         parameters = parameters_of(ctx) if requested else {}
@@ -256,7 +257,9 @@ class ObserverFunction(torch.autograd.Function):
         observation = ctx.observation
         module = observation.module
         gradients = {}  # of the edges past torch's graph
-        if ctx.sweeping:
+        if is_authoring():
+            pass
+        elif ctx.sweeping:
             if observation.rule is not None:
                 needed = _needed_edges(ctx)
                 pulled = _pull_back(replay_of(ctx, ctx.saved_tensors), needed, grad_outputs)
@@ -293,7 +296,7 @@ def _needed_edges(node) -> list[str]:
     """The names of an observer's edges whose gradients the running backward pass needs."""
     edges = node.observation.edges
     first = len(node.next_functions) - len(edges)
-    return [name for i, name in enumerate(edges) if _reached(node.next_functions[first + i][0]) is not False]
+    return [name for i, name in enumerate(edges) if reached(node.next_functions[first + i][0]) is not False]
 
 
 def replay_of(node, saved: tuple[Tensor, ...]) -> Replay:
@@ -466,6 +469,8 @@ class Pass:
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
         self._debug = CTX.get_debug()
         self._saved: list[tuple[nn.Parameter, str, Callable]] = []  # results of this pass, as weak references
+        self._saved_by_authors: set[tuple[int, str]] = set()  # ids of parameters, and savefields
+        self.calls = OpenCalls()
 
     @classmethod
     def of_task(cls, task: int) -> "Pass":
@@ -474,6 +479,11 @@ class Pass:
         if state is None:
             state = cls._begin(task, cls())
         return state
+
+    @classmethod
+    def running(cls) -> "Pass | None":
+        """The pass of the engine's task that runs now, if anything has asked for it yet."""
+        return cls._of_task.get(torch._C._current_graph_task_id())
 
     @classmethod
     def current(cls, node) -> "Pass":
@@ -495,6 +505,7 @@ class Pass:
         for key in list(self.pending):
             self.finish_pending(key)
         self.run_hooks()
+        self.calls.finish()
 
     def save(self, parameter: nn.Parameter, ext, value) -> None:
         """Puts a result on a parameter."""
@@ -503,6 +514,18 @@ class Pass:
         setattr(parameter, ext.savefield, value)
         self._saved.append((parameter, ext.savefield, _weakly(value)))
 
+    def save_once(self, module: nn.Module, name: str, parameter: nn.Parameter, ext, value) -> None:
+        """Puts a result of somebody else's making on a parameter, of which nobody knows how to add a second one."""
+        key = (id(parameter), ext.savefield)
+        if key in self._saved_by_authors or any(p is parameter and f == ext.savefield for p, f, _ in self._saved):
+            raise NotImplementedError(
+                f"{ext}: {type(module).__name__}.{name} is used several times in this backward pass, and the results "
+                "of its extension for the single uses have no known sum; use backpack_cuda.register_layer, or one "
+                "module for each use"
+            )
+        self._saved_by_authors.add(key)
+        self.save(parameter, ext, value)
+
     def discard(self) -> None:
         """Takes the results of a pass that failed from the parameters: they would be a part of the whole only."""
         for parameter, savefield, saved in self._saved:
@@ -510,11 +533,12 @@ class Pass:
             if found is not None and _weakly(found)() is saved():  # else of a later pass
                 del parameter.__dict__[savefield]
         self._saved.clear()
+        self.calls.forget()
 
     def check_covered(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         """The second-order results of these parameters must be there, from a loss that was reached before."""
         for ext in CTX.get_active_exts():
-            if isinstance(ext, SecondOrderExtension) and not from_gradients(ext):
+            if isinstance(ext, SecondOrderExtension) and not from_gradients(ext) and not ext.module_extension(module):
                 for name, parameter in parameters.items():
                     if (id(parameter), id(ext)) not in self.curvature:
                         raise RuntimeError(
@@ -540,8 +564,9 @@ class Pass:
         """Forms the results of a parameter with several uses."""
         pending = self.pending.pop(key)
         name = pending.uses[0][1]
-        with _warning_if_impossible([pending.parameter]):
-            _form(self, pending.module, merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
+        if forms_from_gradients():
+            with _warning_if_impossible([pending.parameter]):
+                _form(self, pending.module, merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
         self.finished.add(key)
 
     def run_hooks(self) -> None:
@@ -549,7 +574,7 @@ class Pass:
         due = [entry for entry in self.waiting if entry[1] <= self.finished]
         self.waiting = [entry for entry in self.waiting if not entry[1] <= self.finished]
         for module, _, input in due:
-            module_done(module, input)
+            module_done(module, input, self)
 
 
 class _End:
@@ -597,7 +622,8 @@ def forms_from_gradients() -> bool:
 
 def _check_mixing(module: nn.Module) -> None:
     for ext in CTX.get_active_exts():
-        ext.check_mixed_samples(module)
+        if ext.own and ext.module_extension(module) is None:
+            ext.check_mixed_samples(module)
 
 
 @contextlib.contextmanager
@@ -616,7 +642,11 @@ def _warning_if_impossible(parameters: Iterable[nn.Parameter]):
 
 def _form(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter], also: int) -> dict[str, Stats]:
     """Forms what the active extensions want of `parameters`, plus the statistics `also`, and saves the results."""
-    extensions = [ext for ext in CTX.get_active_exts() if isinstance(ext, FirstOrderExtension)]
+    extensions = [
+        ext
+        for ext in CTX.get_active_exts()
+        if isinstance(ext, FirstOrderExtension) and ext.module_extension(module) is None
+    ]
     shared = [ext for ext in extensions if ext.get_subsampling() is None]
     want = also
     for ext in shared:
@@ -696,7 +726,7 @@ def _record(
     # A module used several times has its hook called once, after its last use.
     state.waiting = [entry for entry in state.waiting if entry[0] is not module]
     if len(single) == len(parameters) and not state.waiting:
-        module_done(module, input)
+        module_done(module, input, state)
     else:
         state.waiting.append((module, {id(p) for p in parameters.values()}, input))
         state.run_hooks()
@@ -705,10 +735,20 @@ def _record(
 
 def _is_attended(module: nn.Module) -> bool:
     """Whether somebody wants to know when a backward pass has come through this module."""
-    return current().extension_hook is not None or IO_FLAG in module.__dict__
+    return current().extension_hook is not None or IO_FLAG in module.__dict__ or bool(authored())
 
 
-def module_done(module: nn.Module, input: Tensor | None = None) -> None:
+def module_done(module: nn.Module, input: Tensor | None = None, state: Pass | None = None) -> None:
+    """Runs what others wrote for a module, when the quantities of this library are there, and then its hook."""
+    if authored():
+        state = state or Pass.of_task(torch._C._current_graph_task_id())
+    elif state is None and current().extension_hook is not None:
+        state = Pass.running()
+    if state is None or not state.calls.module_done(module, input):
+        run_hook(module, input)
+
+
+def run_hook(module: nn.Module, input: Tensor | None = None) -> None:
     """Runs the extension hook of a module, with `module.input0` set to `input`, and drops what it stored."""
     hook = current().extension_hook
     stores_io = IO_FLAG in module.__dict__
@@ -727,9 +767,10 @@ def module_done(module: nn.Module, input: Tensor | None = None) -> None:
 
 def memory_cleanup(module: nn.Module) -> None:
     """Deletes the input and output that a module extended with `store_io=True` holds (`input0`, ..., `output`)."""
-    for name in [name for name in module.__dict__ if name == "output" or _is_input(name)]:
+    for name in [name for name in module.__dict__ if is_stored(name)]:
         delattr(module, name)
 
 
-def _is_input(name: str) -> bool:
-    return name.startswith("input") and name[len("input") :].isdigit()
+def is_stored(name: str) -> bool:
+    """Whether an attribute of this name holds a module's input or output."""
+    return name == "output" or (name.startswith("input") and name[len("input") :].isdigit())

@@ -27,6 +27,7 @@ class State(NamedTuple):
     disabled: int = 0  # how many `disable` are active
     sweeping: bool = False  # whether backward passes push columns of a curvature, not the gradient
     batching: bool = False  # whether they do so under a function transform
+    authoring: bool = False  # whether what somebody else wrote for a module runs
     outer: "State | None" = None  # of the `with backpack(...)` around this one
 
 
@@ -165,6 +166,16 @@ def batching() -> contextlib.AbstractContextManager[None]:
 def is_batching() -> bool:
     """Whether columns are pushed through a graph under a function transform."""
     return current().batching
+
+
+def authoring() -> contextlib.AbstractContextManager[None]:
+    """Marks that this thread runs what somebody else wrote for a module: its own passes form no quantities."""
+    return _with(authoring=True, disabled=current().disabled + 1)
+
+
+def is_authoring() -> bool:
+    """Whether what somebody else wrote for a module runs."""
+    return current().authoring
 
 
 class disable:

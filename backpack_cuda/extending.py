@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from backpack_cuda import layers
+from backpack_cuda.authored import keeps_tensors
 from backpack_cuda.capture import IO_FLAG, module_done
-from backpack_cuda.context import is_disabled, is_sweeping
+from backpack_cuda.context import is_authoring, is_disabled, is_sweeping
 from backpack_cuda.custom_module.branching import Parallel, _Branch
 from backpack_cuda.custom_module.reduce_tuple import ReduceTuple
+from backpack_cuda.module_calls import enter, is_exit, leave, run_kept
 from backpack_cuda.rules import forward_for
 from backpack_cuda.rules.generic import owned_parameters
-from backpack_cuda.rules.loss import loss_forward
+from backpack_cuda.rules.loss import LossFunction, loss_forward
 
 _ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters
 _CONTAINERS = (nn.Sequential, GraphModule, Parallel, _Branch, ReduceTuple)  # no extension hook is called for these
@@ -39,6 +41,10 @@ class ExtendedForward:
         module = self._module()
         # partial(): torch.compile of torch 2.11 does not trace a bound method that is made here.
         stock = self._previous or functools.partial(type(module).forward, module)
+        if keeps_tensors(module):
+            if self._rule is not loss_forward:
+                return run_kept(module, functools.partial(self._rule, module, stock), *args, **kwargs)
+            stock = functools.partial(run_kept, module, stock)  # the columns start at the prediction itself
         return self._rule(module, stock, *args, **kwargs)
 
     def __reduce__(self):
@@ -88,9 +94,23 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
     announced = not owned_parameters(module) and not isinstance(module, _CONTAINERS)
     if announced and _announce not in module._forward_hooks.values():
         module.register_forward_hook(_announce)
+    has_forward = isinstance(module.__dict__.get("forward"), ExtendedForward)
+    if not has_forward and not isinstance(module, _CONTAINERS) and _leave not in module._forward_hooks.values():
+        module.register_forward_pre_hook(_enter)
+        module.register_forward_hook(_leave, with_kwargs=True)
     if store_io and _store_io not in module._forward_hooks.values():
         module.register_forward_hook(_store_io)
     return module
+
+
+def _enter(module: nn.Module, inputs: tuple) -> tuple | None:
+    """Forward pre-hook of modules without a forward of ours."""
+    return enter(module, inputs) if keeps_tensors(module) else None
+
+
+def _leave(module: nn.Module, inputs: tuple, kwargs: dict, output):
+    """Forward hook of modules without a forward of ours."""
+    return leave(module, inputs, kwargs, output) if keeps_tensors(module) else None
 
 
 def _announce(module: nn.Module, inputs: tuple, output) -> None:
@@ -98,6 +118,8 @@ def _announce(module: nn.Module, inputs: tuple, output) -> None:
     if torch.compiler.is_compiling() or is_disabled():
         return
     node = output.grad_fn if isinstance(output, Tensor) else None  # a tracer's stand-in has everything one asks for
+    if isinstance(node, LossFunction._backward_cls) and is_exit(node.next_functions[0][0]):
+        node = node.next_functions[0][0].next_functions[0][0]  # what was computed between a kept call's ends
     if node is not None:
         announcement = module.__dict__.get(_ANNOUNCEMENT)
         if announcement is None:
@@ -116,7 +138,7 @@ class _Announcement:
 
     def __call__(self, grad_outputs) -> None:
         module = self._module()
-        if module is not None and not is_sweeping():
+        if module is not None and not is_sweeping() and not is_authoring():
             module_done(module)
 
 

@@ -141,6 +141,8 @@ class _Walk:
                 if function is LayerFunction:
                     self._check_apart(node, operands[:2])  # input and weight
                 return union & ~own | own << self._count
+            if getattr(function, "hands_on", False):
+                return union
             if union or function is CheckpointFunction:  # a reentrant checkpoint may hide layers
                 raise _unknown(node)
             return 0

@@ -61,14 +61,18 @@ class LayerCall:
         rule = self.node.observation.rule
         return None if rule is None else rule.batch_size
 
+    def filled(self, columns: Sequence[Tensor | None], count: int) -> list[Tensor]:
+        """`count` columns [V, *output] at each of the layer's outputs, with zeros for None."""
+        return [
+            torch.zeros(count, *m.shape, dtype=m.dtype, device=m.device) if c is None else c
+            for c, m in zip(columns, self.node._input_metadata, strict=True)
+        ]
+
     def use(self, columns: Sequence[Tensor | None], count: int, saved: tuple[Tensor | None, ...]) -> ColumnUse:
         """The layer's per-sample gradients from `count` columns [V, *output] at each of its outputs (None: zeros)."""
         if isinstance(self.node, _OBSERVER_NODE) and self.node.observation.rule is not None:
             return replay_of(self.node, saved).pull_back(columns, count).columns()
-        filled = [
-            torch.zeros(count, *m.shape, dtype=m.dtype, device=m.device) if c is None else c
-            for c, m in zip(columns, self.node._input_metadata, strict=True)
-        ]
+        filled = self.filled(columns, count)
         if isinstance(self.node, _LAYER_NODE):
             return self.node.operation.columns(saved[0], filled[0])
         observation = self.node.observation._replace(parameters=self.parameters)
@@ -119,7 +123,7 @@ class Sweep:
             self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
             for (kind, mc_samples), extensions in by_root.items():
                 if kind == "exact":
-                    every = any(ext.needs_every_column for ext in extensions)
+                    every = any(ext.needs_every_column or ext.has_module_extensions for ext in extensions)
                     root = self._of_samples(hessian.exact if every else hessian.reduced)
                 else:
                     root = hessian.sampled(mc_samples)
@@ -245,9 +249,26 @@ class Sweep:
             uses = {}
             for layer in layers:
                 grads = [next(found) for _ in layer.edges]
-                if reaches_all or any(grad is not None for grad in grads):
+                own = self._leave_to_others(layer, grads, len(columns), extensions)
+                if own and (reaches_all or any(grad is not None for grad in grads)):
                     uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
             self._collect(uses, signs, extensions, begin, total)
+
+    def _leave_to_others(
+        self, layer: LayerCall, columns: Sequence[Tensor | None], count: int, extensions: Sequence[SecondOrderExtension]
+    ) -> bool:
+        """Leaves the columns to the extensions that others wrote for this module; whether any is formed here."""
+        own = False
+        for ext in extensions:
+            if ext.module_extension(layer.module) is None:
+                own = True
+            else:
+                filled = layer.filled(columns, count)
+                if ext.get_subsampling() is not None:
+                    samples = _samples(ext, self.batch_size)
+                    filled = [c[:, samples] for c in filled]
+                self.state.calls.add_columns(ext, layer.module, filled)
+        return own
 
     def _step(self, edge: GradientEdge, extensions: Sequence[SecondOrderExtension]) -> int:
         """How many columns to push at a time."""
@@ -314,6 +335,9 @@ class Sweep:
         begin: int,
         total: int,
     ) -> None:
+        extensions = [ext for ext in extensions if ext.module_extension(module) is None]
+        if not extensions:
+            return
         kronecker = [ext for ext in extensions if isinstance(ext, KroneckerExtension)]
         of_columns = [ext for ext in extensions if not isinstance(ext, KroneckerExtension)]
         with _errors_for_users(extensions[0]):
@@ -380,6 +404,8 @@ class Sweep:
             layer, name = uses[0]
             parameter = layer.parameters[name]
             for ext in self.extensions:
+                if ext.module_extension(layer.module) is not None:
+                    continue
                 result = self.state.curvature[id(parameter), id(ext)]
                 if result is None:
                     parameter.__dict__.pop(ext.savefield, None)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from backpack_cuda import authored
 from backpack_cuda.extensions.module_extension import ModuleExtension
 from backpack_cuda.extensions.saved_quantities import SavedQuantities
 
@@ -35,6 +36,8 @@ class BackpropExtension:
         TypeError: a key of `module_exts` is no class of modules, or a value no ModuleExtension.
         ValueError: `subsampling` holds something other than non-negative integers.
     """
+
+    own = False  # whether this library forms it at all modules, where its module extensions do not
 
     def __init__(
         self,
@@ -86,6 +89,18 @@ class BackpropExtension:
                 "by overwrite=True"
             )
         self._module_extensions[module] = extension
+        authored.register(module, extension)
+
+    @property
+    def has_module_extensions(self) -> bool:
+        """Whether any class of modules has an extension."""
+        return bool(self._module_extensions)
+
+    def module_extension(self, module: nn.Module) -> ModuleExtension | None:
+        """The extension for a module's exact class (for this library's layers, also that of torch's), or None."""
+        if not self._module_extensions:
+            return None
+        return self._module_extensions.get(authored.class_for(module, self._module_extensions))
 
     def expects_backpropagation_quantities(self) -> bool:
         """Whether the module extensions hand quantities back to each other, besides the gradient."""

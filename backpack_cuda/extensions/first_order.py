@@ -17,6 +17,7 @@ from backpack_cuda.stats import Stats, Want
 class FirstOrderExtension(BackpropExtension):
     """A quantity that follows from statistics of the per-sample gradients; `want` names the statistics."""
 
+    own = True
     want: int  # flags of `Want`
 
     @abstractmethod

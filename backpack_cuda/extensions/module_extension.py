@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from backpack_cuda import authored
+
 
 class ModuleExtension:
     """Forms a quantity for the parameters of modules of one class; BackPACK's class of this name.
@@ -25,6 +27,10 @@ class ModuleExtension:
     Raises:
         NotImplementedError: there is no method for one of them.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        authored.define(cls)
 
     def __init__(self, params: Sequence[str] | None = None):
         self._params = [] if params is None else list(params)

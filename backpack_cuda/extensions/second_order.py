@@ -41,6 +41,7 @@ def _mc_samples(value) -> int:
 class SecondOrderExtension(BackpropExtension):
     """A quantity that is formed from columns of the curvature's square root at the layers' outputs."""
 
+    own = True
     root: Root
     needs_every_column = False  # also of those columns of the exact root that the sum of squares can do without
     per_sample = False  # whether the result has an entry for every sample

@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from backpack_cuda.curvature.losses import is_loss
 from backpack_cuda.rules.batch_norm import batch_norm_forward
 from backpack_cuda.rules.conv import conv_forward, conv_transpose_forward
 from backpack_cuda.rules.embedding import embedding_forward
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.linear import linear_forward
-from backpack_cuda.rules.loss import loss_forward
+from backpack_cuda.rules.loss import is_loss_module, loss_forward
 from backpack_cuda.rules.recurrent import recurrent_forward
 
 # torch's forward -> ours. Looked up by the function, so that a subclass with a forward of its own is not mistaken.
@@ -34,6 +33,6 @@ def forward_for(module: nn.Module) -> Callable:
     """The forward for `module`: a function of (module, torch's forward, *args, **kwargs)."""
     if "forward" in module.__dict__:  # somebody's own forward on this one instance
         return generic_forward
-    if is_loss(module) or isinstance(module, nn.modules.loss._Loss):  # of an unknown one an error says what to do
+    if is_loss_module(module):
         return loss_forward
     return _FORWARDS.get(type(module).forward, generic_forward)

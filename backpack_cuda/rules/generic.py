@@ -15,7 +15,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from backpack_cuda.capture import Observation, capturing, observe
+from backpack_cuda.capture import Observation, capturing, is_stored, observe
 from backpack_cuda.per_sample import LazyDenseUse, NoPerSampleGradients
 
 # Modules that use their children's parameters without calling the children.
@@ -94,7 +94,11 @@ class _Bare(nn.Module):
         super().__init__()
         self.module = module
         self._forward = forward
-        self._computed = {n: t for n, t in module.__dict__.items() if isinstance(t, Tensor) and t.grad_fn is not None}
+        self._computed = {
+            name: value
+            for name, value in module.__dict__.items()
+            if isinstance(value, Tensor) and value.grad_fn is not None and not is_stored(name)
+        }
         self._hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, _WEIGHT_HOOKS)]
         if self._computed and not self._hooks:
             raise NoPerSampleGradients(

@@ -9,9 +9,14 @@ from torch.autograd.graph import GradientEdge
 from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types, without_tensors
 from backpack_cuda.context import CTX
 from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
-from backpack_cuda.curvature.losses import LossHessian, loss_hessian
+from backpack_cuda.curvature.losses import LossHessian, is_loss, loss_hessian
 from backpack_cuda.curvature.sweep import Sweep
 from backpack_cuda.extensions.second_order import SecondOrderExtension
+
+
+def is_loss_module(module: nn.Module) -> bool:
+    """Whether a module is a loss function, of a known Hessian or not; of an unknown one an error says what to do."""
+    return is_loss(module) or isinstance(module, nn.modules.loss._Loss)
 
 
 class LossFunction(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Bases of first-order quantities that others write: what is formed from the gradients at a module, and nothing else."""
+"""Bases of first-order quantities that others write: formed from the gradients at a module alone."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,330 @@
+"""Calls of modules that extensions of others are for: the gradients at their inputs and outputs, and their tensors.
+
+Two functions that hand on what they get enclose such a call in the graph. The one behind it receives the gradients at
+its outputs, the one before it those at its inputs, and with these the extensions run, in the order in which they are
+active. torch's own backward hooks do the same, but warn at every first layer, and refuse changes in place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from backpack_cuda import authored
+from backpack_cuda.capture import (
+    IO_FLAG,
+    ObserverFunction,
+    Pass,
+    capturing,
+    in_operand_types,
+    reached,
+    register,
+    run_hook,
+)
+from backpack_cuda.context import authoring, current, is_authoring, is_sweeping
+from backpack_cuda.extensions.module_extension import ModuleExtension
+from backpack_cuda.rules.loss import LossFunction, is_loss_module
+
+_ENTRY = "_backpack_entry"  # attribute of a call's first differentiated input, while the module's forward runs
+
+
+class MissingQuantity(RuntimeError, AssertionError):
+    """A module got no backpropagated quantity. An AssertionError in BackPACK; it is a RuntimeError too."""
+
+
+class EntryFunction(torch.autograd.Function):
+    """Hands on a call's inputs, and receives their gradients when all of the call has been differentiated."""
+
+    hands_on = True
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        ctx.call = None  # a weak reference, because the call holds the outputs of this node
+        outputs = tuple(input.detach() for input in inputs)  # as of ObserverFunction
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    @in_operand_types
+    def backward(ctx, *grad_inputs):
+        call = None if ctx.call is None else ctx.call()
+        if call is not None and not (is_sweeping() or is_authoring()):
+            call.entry_reached(grad_inputs)
+        return grad_inputs
+
+
+class ExitFunction(torch.autograd.Function):
+    """Hands on a call's outputs, and receives their gradients before any of the call has been differentiated."""
+
+    hands_on = True
+
+    @staticmethod
+    def forward(ctx, call, *outputs):
+        ctx.call = call
+        outputs = tuple(output.detach() for output in outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    @staticmethod
+    @in_operand_types
+    def backward(ctx, *grad_outputs):
+        if not (is_sweeping() or is_authoring()):
+            ctx.call.exit_reached(ctx, grad_outputs)
+        return (None, *grad_outputs)
+
+
+_HANDING_ON = tuple(f._backward_cls for f in (EntryFunction, ExitFunction, ObserverFunction, LossFunction))
+
+
+def _place(tensor: Tensor):
+    """The place in the graph where a tensor was computed, (node, output); None for a leaf.
+
+    A tensor and what a function handed on of it have the same place.
+    """
+    node, output = tensor.grad_fn, tensor.output_nr
+    while isinstance(node, _HANDING_ON):
+        node, output = node.next_functions[output]
+    return None if node is None or hasattr(node, "variable") else (node, output)
+
+
+class ModuleCall:
+    """One call of a module, from its forward pass until the extensions have run."""
+
+    def __init__(self, module: nn.Module, inputs: tuple, keywords: Sequence[str], entry, positions: Sequence[int]):
+        self._module = weakref.ref(module)
+        self._entry = entry  # the node of EntryFunction, None where no input requires a gradient
+        self._entry_positions = positions  # of its tensors among the inputs
+        self._keywords = keywords
+        self._tensors = {f"input{i}": value for i, value in enumerate(inputs)}
+        self._versions = {}
+        self._is_tuple = False
+        self._exit_positions: list[int] = []  # of the differentiated outputs
+        self._outputs = 0
+        self._input_places = [_place(inputs[i]) for i in positions]
+        self._output_place = None
+        self._state: Pass | None = None  # the pass that has reached the exit, and not yet the entry
+        self._grad_outputs: tuple[Tensor | None, ...] = ()
+        self.awaits_entry = False  # whether the pass will reach the entry
+        self.hook_due: tuple | None = None  # (input,) where the module's hook is to follow
+
+    # ---- forward ----
+
+    def returned(self, outputs: tuple, positions: Sequence[int]) -> None:
+        """Notes the outputs of the module's forward, and stores its tensors as attributes."""
+        self._tensors["output"] = outputs[0]
+        self._versions |= {k: t._version for k, t in self._tensors.items() if k not in self._versions and _is_plain(t)}
+        self._outputs, self._exit_positions = len(outputs), positions
+        self._output_place = _place(outputs[0]) if isinstance(outputs[0], Tensor) else None
+        module = self._module()
+        if IO_FLAG not in module.__dict__:
+            module.__dict__.update({k: v for k, v in self._tensors.items() if not _is_taken(module, k)})
+
+    # ---- backward ----
+
+    def exit_reached(self, node, grad_outputs: Sequence[Tensor]) -> None:
+        """The gradients at the outputs are known."""
+        if not authored.authored() and current().extension_hook is None:
+            if self._entry is None:
+                self._release()
+            return
+        self._grad_outputs = _placed(grad_outputs, self._exit_positions, self._outputs)
+        self._state = Pass.current(node)
+        self.awaits_entry = self._entry is not None and reached(self._entry) is not False
+        self._state.calls.open(self, self._module())
+
+    def entry_reached(self, grad_inputs: Sequence[Tensor]) -> None:
+        """The gradients at the inputs are known."""
+        if self._state is not None:
+            self.finish(grad_inputs)
+        elif not authored.authored() and current().extension_hook is None:
+            self._release()
+
+    def finish(self, grad_inputs: Sequence[Tensor] | None = None) -> None:
+        """Runs the active extensions, and the module's hook if it is due."""
+        module, state, self._state = self._module(), self._state, None
+        grad_outputs, self._grad_outputs = self._grad_outputs, ()
+        state.calls.close(self, module)
+        if module is None:
+            return
+        count = len(self._tensors) - 1
+        grads = [] if grad_inputs is None else grad_inputs
+        positions = [] if grad_inputs is None else self._entry_positions
+        with self._attached(module):
+            self._run(state, module, _placed(grads, positions, count), grad_outputs)
+            if self.hook_due is not None:
+                (input,), self.hook_due = self.hook_due, None
+                run_hook(module, input)
+        self._release()
+
+    def _run(self, state: Pass, module: nn.Module, g_inp: tuple, g_out: tuple) -> None:
+        for ext in authored.authored():
+            extension = ext.module_extension(module)
+            if extension is None:
+                authored.handle_unknown_module(ext, module)
+                continue
+            if self._keywords:
+                raise NotImplementedError(
+                    f"{ext}: {type(module).__name__} was called with the keyword arguments "
+                    f"{', '.join(self._keywords)}; extensions see the positional ones only, as input0, input1, ...: "
+                    "pass them by position"
+                )
+            taken = [name for name in self._tensors if _is_taken(module, name)]
+            if taken:
+                raise NotImplementedError(
+                    f"{ext}: {type(module).__name__} has an attribute {taken[0]} of its own, where extensions expect a "
+                    "tensor of the call; rename it"
+                )
+            with authoring(), self._explained(ext, module):
+                self._apply(state, ext, extension, module, g_inp, g_out)
+
+    def _apply(
+        self, state: Pass, ext, extension: ModuleExtension, module: nn.Module, g_inp: tuple, g_out: tuple
+    ) -> None:
+        extension.check_hyperparameters_module_extension(ext, module, g_inp, g_out)
+        backpropagated = ext.expects_backpropagation_quantities()
+        quantity = None
+        if backpropagated:
+            quantity = state.calls.fetch_columns(ext, module) if ext.own else self._fetch(ext)
+            if quantity is None and not is_loss_module(module):
+                raise MissingQuantity(
+                    f"{ext}: {type(module).__name__} expects a backpropagated quantity at its output, but got None: "
+                    "the loss and every module between must be extended, and nothing but them may use the output "
+                    "(call torch.nn.Flatten() rather than flatten(), and so on)"
+                )
+        for name in extension._params:
+            parameter = getattr(module, name, None)
+            if parameter is not None and parameter.requires_grad:
+                value = getattr(extension, name)(ext, module, g_inp, g_out, quantity)
+                state.save_once(module, name, parameter, ext, value)
+        if backpropagated and not ext.own and self._entry is not None:
+            quantity = extension.backpropagate(ext, module, g_inp, g_out, quantity)
+            for place in self._input_places:
+                if place is not None:  # no leaf, where nobody would fetch it
+                    state.calls.hand_back(ext, place, quantity)
+
+    def _fetch(self, ext):
+        return ext.saved_quantities.retrieve_quantity(self._output_place, delete_old=True)
+
+    # ---- the tensors ----
+
+    @contextlib.contextmanager
+    def _attached(self, module: nn.Module) -> Iterator[None]:
+        """The call's tensors as attributes of its module; those that were changed in place are left out."""
+        before = {name: module.__dict__[name] for name in self._tensors if name in module.__dict__}
+        own = {name: value for name, value in self._tensors.items() if not _is_taken(module, name)}
+        for name, value in own.items():
+            if self._is_changed(name):
+                module.__dict__.pop(name, None)
+            else:
+                module.__dict__[name] = value
+        try:
+            yield
+        finally:
+            for name in own:
+                module.__dict__.pop(name, None)
+            module.__dict__.update(before)
+
+    def _is_changed(self, name: str) -> bool:
+        return name in self._versions and self._tensors[name]._version != self._versions[name]
+
+    @contextlib.contextmanager
+    def _explained(self, ext, module: nn.Module) -> Iterator[None]:
+        """Says why an attribute is missing."""
+        try:
+            yield
+        except AttributeError as error:
+            if getattr(error, "obj", None) is module and error.name in self._tensors and self._is_changed(error.name):
+                raise RuntimeError(
+                    f"{ext}: {error.name} of {type(module).__name__} was changed in place after it was used or formed, "
+                    "so that its value is lost; use functions that are not in place (inplace=False)"
+                ) from error
+            raise
+
+    def _release(self) -> None:
+        """Drops the tensors, unless a further backward pass through the graph may need them."""
+        module = self._module()
+        if current().retain_graph:
+            return
+        if module is not None and IO_FLAG not in module.__dict__:
+            for name in self._tensors:
+                if not _is_taken(module, name):
+                    module.__dict__.pop(name, None)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._tensors = dict.fromkeys(self._tensors)
+
+
+def _is_plain(value) -> bool:
+    return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _is_taken(module: nn.Module, name: str) -> bool:
+    """Whether a module has a child, parameter or buffer of this name."""
+    return name in module._modules or name in module._parameters or name in module._buffers
+
+
+def _placed(tensors: Sequence, positions: Sequence[int], count: int) -> tuple:
+    """`tensors` at their positions among `count`, None elsewhere."""
+    placed: list = [None] * count
+    for position, tensor in zip(positions, tensors, strict=True):
+        placed[position] = tensor
+    return tuple(placed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def enter(module: nn.Module, args: tuple) -> tuple:
+    """The positional inputs for a call of `module` whose tensors are kept."""
+    positions = [i for i, value in enumerate(args) if isinstance(value, Tensor) and value.requires_grad]
+    if not positions or not capturing():
+        return args
+    places = [_place(args[i]) for i in positions]
+    entered = EntryFunction.apply(*[args[i] for i in positions])
+    entered = entered if isinstance(entered, tuple) else (entered,)
+    args = list(args)
+    for i, value in zip(positions, entered, strict=True):
+        args[i] = value
+    versions = {f"input{i}": value._version for i, value in enumerate(args) if _is_plain(value)}
+    setattr(entered[0], _ENTRY, (entered[0].grad_fn, positions, places, versions))
+    return tuple(args)
+
+
+def leave(module: nn.Module, args: tuple, kwargs: dict, output):
+    """The output of a call of `module` on what `enter` gave, prepared for extensions."""
+    entry, positions, places, versions = None, [], [], {}
+    for value in args:
+        if isinstance(value, Tensor) and _ENTRY in value.__dict__:
+            entry, positions, places, versions = value.__dict__.pop(_ENTRY)
+    outputs = output if isinstance(output, tuple) else (output,)
+    differentiated = [i for i, value in enumerate(outputs) if isinstance(value, Tensor) and value.requires_grad]
+    if not differentiated or not capturing():
+        return output
+    call = ModuleCall(module, args, list(kwargs), entry, positions)
+    call._input_places, call._versions = places, versions
+    if entry is not None:
+        entry.call = weakref.ref(call)
+    call.returned(outputs, differentiated)
+    handed_on = ExitFunction.apply(call, *[outputs[i] for i in differentiated])
+    handed_on = handed_on if isinstance(handed_on, tuple) else (handed_on,)
+    register(handed_on[0], ())
+    if isinstance(output, Tensor):
+        return handed_on[0]
+    outputs = list(outputs)
+    for i, value in zip(differentiated, handed_on, strict=True):
+        outputs[i] = value
+    return type(output)(*outputs) if hasattr(output, "_fields") else type(output)(outputs)
+
+
+def is_exit(node) -> bool:
+    """Whether a node of the graph is behind a call whose tensors are kept."""
+    return isinstance(node, ExitFunction._backward_cls)
+
+
+def run_kept(module: nn.Module, forward: Callable, *args, **kwargs):
+    """`forward(*args, **kwargs)`, a call of `module` whose tensors are kept."""
+    args = enter(module, args)
+    return leave(module, args, kwargs, forward(*args, **kwargs))
