@@ -25,6 +25,7 @@ from backpack_cuda.layers import (
     Embedding,
     Linear,
 )
+from backpack_cuda.rules.registered import register_layer
 from backpack_cuda.utils.hooks import no_op
 from backpack_cuda.utils.module_classification import is_no_op
 
@@ -49,4 +50,5 @@ __all__ = [
     "memory_cleanup",
     "no_op",
     "ops",
+    "register_layer",
 ]

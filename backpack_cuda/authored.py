@@ -5,7 +5,10 @@ somebody wrote keep them; and all extended ones, while a ModuleExtension is defi
 (its quantity may be made after the first forward pass).
 """
 
+import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -70,6 +73,19 @@ def handle_unknown_module(ext, module: nn.Module) -> None:
         raise NotImplementedError(f"{sentence}; add one by set_module_extension({type(module).__name__}, ...)")
     if _has_parameters(module):
         warnings.warn(f"{sentence} although the module has parameters", stacklevel=2)
+
+
+@contextlib.contextmanager
+def lent(module: nn.Module, attributes: dict[str, Any]) -> Iterator[None]:
+    """Attributes of a module for a while."""
+    before = {name: module.__dict__[name] for name in attributes if name in module.__dict__}
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(before)
 
 
 class OpenCalls:

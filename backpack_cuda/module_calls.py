@@ -224,7 +224,8 @@ class ModuleCall:
         finally:
             for name in own:
                 module.__dict__.pop(name, None)
-            module.__dict__.update(before)
+            if IO_FLAG not in module.__dict__ or current().retain_graph:  # else the hook has dropped them
+                module.__dict__.update(before)
 
     def _is_changed(self, name: str) -> bool:
         return name in self._versions and self._tensors[name]._version != self._versions[name]

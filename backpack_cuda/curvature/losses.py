@@ -359,6 +359,20 @@ _HESSIANS = {
 # ---- losses of users
 
 
+def given_hessian(module: nn.Module, prediction: Tensor, columns: Tensor) -> LossHessian:
+    """The Hessian of a loss with the columns [V, *prediction] of a square root, exact or sampled."""
+    _check_prediction(module, prediction)
+    _check_columns(type(module).__name__, columns, prediction)
+    root = _given(columns)
+    return LossHessian(prediction, root, root, lambda mc_samples: root, 1.0, lambda rows: _summed(columns, rows))
+
+
+def _summed(columns: Tensor, rows: int) -> Tensor:
+    """Columns [V, N * R, *] -> [R, D, D], their products summed over columns and samples."""
+    wide = columns.to(statistics_dtype(columns.dtype)).reshape(len(columns), -1, rows, prod(columns.shape[2:]))
+    return torch.einsum("vnrd,vnre->rde", wide, wide)
+
+
 def _registered(hessian_sqrt: Callable[..., Tensor]) -> Callable[..., LossHessian]:
     def hessian(module: nn.Module, *args, **kwargs) -> LossHessian:
         if kwargs:
@@ -377,13 +391,8 @@ def _registered(hessian_sqrt: Callable[..., Tensor]) -> Callable[..., LossHessia
             combined = torch.einsum("mvn,vn...->mn...", signs / sqrt(mc_samples), columns.to(dtype))
             return _given(combined.to(columns.dtype))
 
-        def summed(rows: int) -> Tensor:
-            wide = columns.to(statistics_dtype(columns.dtype)).reshape(len(columns), -1, rows, features)
-            return torch.einsum("vnrd,vnre->rde", wide, wide)
-
-        features = prod(prediction.shape[1:])
         exact = _given(columns)
-        return LossHessian(prediction, exact, exact, sampled, 1.0, summed)
+        return LossHessian(prediction, exact, exact, sampled, 1.0, lambda rows: _summed(columns, rows))
 
     return hessian
 

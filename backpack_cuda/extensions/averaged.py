@@ -101,6 +101,14 @@ class HBP(KroneckerExtension):
         root = Root("sampled", _mc_samples(mc_samples)) if samples else Root("exact")
         super().__init__(savefield, root, convention, fail_mode)
 
+    def check_takes_module_extensions(self) -> None:
+        super().check_takes_module_extensions()
+        if self.averages:
+            raise NotImplementedError(
+                f"{self}: one matrix is pushed back, of which a module extension gets no columns; "
+                "backpack_cuda.register_layer makes a layer known to all quantities"
+            )
+
     @property
     def averages(self) -> bool:
         """Whether one matrix is pushed back rather than columns."""

@@ -76,20 +76,29 @@ class BackpropExtension:
             overwrite: replace the extension that the class has already.
 
         Raises:
-            ValueError: the class has an extension already.
+            ValueError: the class has an extension already, or this library's own rule.
+            NotImplementedError: a quantity of this library that is formed in another way at all modules.
             TypeError: `module` is no class of modules, or `extension` no ModuleExtension.
         """
         if not (isinstance(module, type) and issubclass(module, nn.Module)):
             raise TypeError(f"module: expected a subclass of torch.nn.Module, got {module!r}")
         if not isinstance(extension, ModuleExtension):
             raise TypeError(f"extension: expected an instance of ModuleExtension, got {extension!r}")
-        if module in self._module_extensions and not overwrite:
+        self.check_takes_module_extensions()
+        known = self._module_extensions.get(module)
+        if known is None and self.own:
+            from backpack_cuda.rules import rule_of_class  # here, because the rules need the quantities
+
+            known = rule_of_class(module)
+        if known is not None and not overwrite:
             raise ValueError(
-                f"module: {module.__name__} has the extension {self._module_extensions[module]!r} already; replace it "
-                "by overwrite=True"
+                f"module: {self} has {known!r} for {module.__name__} already; replace it by overwrite=True"
             )
         self._module_extensions[module] = extension
         authored.register(module, extension)
+
+    def check_takes_module_extensions(self) -> None:
+        """Raises NotImplementedError where a module extension could not form this quantity."""
 
     @property
     def has_module_extensions(self) -> bool:

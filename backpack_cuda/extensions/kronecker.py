@@ -143,6 +143,11 @@ class KFAC(KroneckerExtension):
         self.fisher = one_of("fisher", fisher, FISHERS)
         super().__init__("kfac", Root("sampled", mc_samples), convention, fail_mode)
 
+    def check_takes_module_extensions(self) -> None:
+        super().check_takes_module_extensions()
+        if self.fisher == "empirical":
+            raise NotImplementedError(f"{self}: formed from the ordinary gradients, of which there are no columns")
+
     def empirical_scale(self, losses: list[tuple]) -> Tensor | float:
         """What sum_n g_n g_n^T, of the gradients of the samples' losses, is to be multiplied by.
 

@@ -59,6 +59,13 @@ class SecondOrderExtension(BackpropExtension):
     def expects_backpropagation_quantities(self) -> bool:
         return True
 
+    def check_takes_module_extensions(self) -> None:
+        if self.root.with_residuals:
+            raise NotImplementedError(
+                f"{self}: a module extension would need the signs of its columns; backpack_cuda.register_layer makes a "
+                "layer known to all quantities"
+            )
+
     def get_num_mc_samples(self) -> int:
         """The number of sampled columns M; 0 where all columns are used."""
         return self.root.mc_samples

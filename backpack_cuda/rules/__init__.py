@@ -29,6 +29,16 @@ _FORWARDS = {
 }
 
 
+def rule_of_class(module_class: type[nn.Module]) -> Callable | None:
+    """The rule for one of torch's own classes, or of ours; None for any other, and those without a rule."""
+    if module_class.__module__.partition(".")[0] not in ("torch", "backpack_cuda"):
+        return None
+    forwards = [base.__dict__["forward"] for base in module_class.__mro__ if "forward" in base.__dict__]
+    if issubclass(module_class, nn.modules.loss._Loss):
+        return loss_forward
+    return next((_FORWARDS[forward] for forward in forwards if forward in _FORWARDS), None)
+
+
 def forward_for(module: nn.Module) -> Callable:
     """The forward for `module`: a function of (module, torch's forward, *args, **kwargs)."""
     if "forward" in module.__dict__:  # somebody's own forward on this one instance

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from backpack_cuda.capture import Observation, capturing, is_stored, observe
 from backpack_cuda.per_sample import LazyDenseUse, NoPerSampleGradients
+from backpack_cuda.rules.registered import registered_gradients, registration_for
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
@@ -47,8 +48,19 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
     if not parameters:
         return output
 
+    registration = registration_for(module)
+
     def form(observation: Observation, args: tuple, kwargs: dict, grad_outputs: tuple[Tensor, ...]) -> LazyDenseUse:
         def batch_grads() -> dict[str, Tensor]:
+            if registration is not None:
+
+                def totals() -> dict[str, Tensor]:
+                    samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
+                    return samples.total_grads(observation.parameters, grad_outputs, observation.autocast)
+
+                return registered_gradients(
+                    registration, module, observation.parameters, args, kwargs, grad_outputs, totals
+                )
             samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
             return samples.batch_grads(observation.parameters, grad_outputs, observation.autocast)
 
@@ -171,6 +183,21 @@ class _Samples:
                 raise NoPerSampleGradients(
                     f"{self._name}: it could not be run on single samples ({type(error).__name__}: {reason})"
                 ) from error
+
+    def total_grads(
+        self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...], autocast: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        """torch's gradients of the named parameters, from the call run again."""
+        leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        variables = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+        device_type = grad_outputs[0].device.type
+        with torch.enable_grad(), torch.autocast(device_type, autocast, enabled=autocast is not None):
+            outputs, _ = self._call(variables, leaves)
+        grads = torch.autograd.grad(outputs, list(variables.values()), grad_outputs, allow_unused=True)
+        return {
+            name: torch.zeros_like(variables[name]) if grad is None else grad
+            for name, grad in zip(variables, grads, strict=True)
+        }
 
     def _batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         constant = {name: p.detach() for name, p in parameters.items()}

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
+from backpack_cuda.authored import lent
 from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types, without_tensors
-from backpack_cuda.context import CTX
+from backpack_cuda.context import CTX, authoring
 from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
-from backpack_cuda.curvature.losses import LossHessian, is_loss, loss_hessian
+from backpack_cuda.curvature.losses import LossHessian, given_hessian, is_loss, loss_hessian
 from backpack_cuda.curvature.sweep import Sweep
 from backpack_cuda.extensions.second_order import SecondOrderExtension
 
@@ -51,11 +52,27 @@ def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output
             f"{type(ctx.module).__name__}: output must be scalar for second-order quantities, got a loss of size "
             f"{list(grad_output.shape)}; use reduction='mean' or 'sum'"
         )
-    hessian = loss_hessian(ctx.module, *args, **kwargs)
     factor = _factor(ctx.module, grad_output)
-    state.losses.append((hessian.normalisation, factor))
-    swept = [ext for ext in extensions if not from_gradients(ext)]
-    if not swept:
+    known = [ext for ext in extensions if ext.module_extension(ctx.module) is None]
+    if known:
+        hessian = loss_hessian(ctx.module, *args, **kwargs)
+        state.losses.append((hessian.normalisation, factor))
+        _form(ctx, state, [ext for ext in known if not from_gradients(ext)], hessian, grad_output, factor)
+    for ext in extensions:
+        if ext not in known:
+            _form(ctx, state, [ext], _authored_hessian(ext, ctx.module, args, kwargs, grad_output), grad_output, factor)
+
+
+def _form(
+    ctx,
+    state: Pass,
+    extensions: list[SecondOrderExtension],
+    hessian: LossHessian,
+    grad_output: Tensor,
+    factor: Tensor | None,
+) -> None:
+    """Forms what a Hessian contributes to `extensions`."""
+    if not extensions:
         return
 
     def grad_prediction() -> Tensor:
@@ -67,9 +84,21 @@ def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output
 
     prediction = _connected(ctx.module, hessian)
     for former in (Sweep, AveragedSweep):
-        formed = [ext for ext in swept if (former is AveragedSweep) == is_averaged(ext)]
+        formed = [ext for ext in extensions if (former is AveragedSweep) == is_averaged(ext)]
         if formed:
             former(formed, prediction, state).run(hessian, grad_prediction, factor)
+
+
+def _authored_hessian(
+    ext: SecondOrderExtension, module: nn.Module, args: tuple, kwargs: dict, grad_output: Tensor
+) -> LossHessian:
+    """The Hessian whose square root a module extension of somebody else's returns from `backpropagate`."""
+    if kwargs or not args:
+        raise NotImplementedError(f"{ext}: {type(module).__name__} was called with keywords; pass all by position")
+    inputs = {f"input{i}": value for i, value in enumerate(args)}
+    with lent(module, inputs), authoring():
+        columns = ext.module_extension(module).backpropagate(ext, module, (None,) * len(args), (grad_output,), None)
+    return given_hessian(module, args[0], columns)
 
 
 def _connected(module: nn.Module, hessian: LossHessian) -> Tensor:
