@@ -1,6 +1,8 @@
 """What lives how long, and who sees it: contexts, threads, errors, attributes of modules, copies, memory."""
 
 import copy
+import ctypes
+import gc
 import subprocess
 import sys
 import threading
@@ -11,13 +13,24 @@ import pytest
 import torch
 from curvature_oracle import curvature
 from curvature_tools import assert_exact_ggn, backward
-from helpers import assert_close, some, subprocess_environment
+from helpers import assert_close, named, some, subprocess_environment
 from model_cases import MODELS, all_extensions, assert_no_quantities, assert_quantities
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.checkpoint import checkpoint
 
-from backpack_cuda import CTX, backpack, disable, extend, memory_cleanup
-from backpack_cuda.extensions import BatchGrad, BatchL2Grad, DiagGGNExact, SumGradSquared
+from backpack_cuda import CTX, BackpropExtension, backpack, capture, disable, extend, extensions, memory_cleanup
+from backpack_cuda.extensions import (
+    KFLR,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SqrtGGNExact,
+    SumGradSquared,
+)
+from backpack_cuda.extensions.curvature import Curvature
+from backpack_cuda.extensions.secondorder.hbp import BackpropStrategy, ExpectationApproximation, LossHessianStrategy
 
 PLAIN = MODELS["mlp"]
 
@@ -496,3 +509,154 @@ def test_disable_around_one_half_of_checkpointing(where, device):
         loss.backward()
     for parameter, reference in zip(model.parameters(), expected, strict=True):
         assert_close(where, parameter.grad, reference, 1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+
+NEEDS_ARGUMENTS = {
+    "HBP": lambda: extensions.HBP(
+        Curvature.GGN,
+        LossHessianStrategy.SAMPLING,
+        BackpropStrategy.BATCH_AVERAGE,
+        ExpectationApproximation.BOTEV_MARTENS,
+    )
+}
+EVERY_EXTENSION = {
+    name: NEEDS_ARGUMENTS.get(name, getattr(extensions, name))
+    for name in extensions.__all__
+    if isinstance(getattr(extensions, name), type)
+    and issubclass(getattr(extensions, name), BackpropExtension)
+    and name != "BackpropExtension"
+}
+# Batches of different size, which an extension that lives on must not mix.
+BATCHES = [(torch.randn(n, 3), torch.randn(n, 2)) for n in (4, 2, 3)]
+
+
+def small_model(device) -> tuple[nn.Module, nn.Module]:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))
+    return extend(model).to(device), extend(nn.MSELoss())
+
+
+def run_steps(model, loss, exts, count: int, **options) -> None:
+    """`count` steps with the same extension objects."""
+    device = next(model.parameters()).device
+    for i in range(count):
+        inputs, targets = (t.to(device) for t in BATCHES[i % len(BATCHES)])
+        with backpack(*exts, **options):
+            loss(model(inputs), targets).backward()
+
+
+def live_tensors() -> int:
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+
+def memory_in_use() -> int | None:
+    """Bytes that malloc has handed out; None where it does not tell."""
+    fields = ("arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost").split()
+    mallinfo = type("mallinfo2", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_size_t) for name in fields]})
+    try:
+        call = ctypes.CDLL(None).mallinfo2
+    except (AttributeError, OSError):  # another C library
+        return None
+    call.restype = mallinfo
+    info = call()
+    return info.uordblks + info.hblkhd
+
+
+@named("make", EVERY_EXTENSION)
+def test_every_extension_is_flat_without_collections_of_garbage(make, device):
+    """No tensor more, and no cycle that holds a tensor, a graph or an object of ours; batch sizes change."""
+    model, loss = small_model(device)
+    exts = [make()]
+    run_steps(model, loss, exts, 6)
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_tensors()
+        run_steps(model, loss, exts, 30)
+        assert live_tensors() == before
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        kinds = {type(thing) for thing in gc.garbage}
+        assert not {k for k in kinds if issubclass(k, Tensor | Node) or k.__module__.startswith("backpack_cuda")}
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+    assert not exts[0].saved_quantities._saved_quantities
+
+
+def test_a_thousand_steps_with_every_extension(device):
+    """Neither Python's objects nor the memory below them grow."""
+    model, loss = small_model(device)
+    exts = [make() for make in EVERY_EXTENSION.values()]
+
+    def state() -> tuple[int, int, int | None]:
+        gc.collect()
+        return live_tensors(), sys.getallocatedblocks(), memory_in_use()
+
+    run_steps(model, loss, exts, 60)
+    tensors, blocks, memory = state()
+    run_steps(model, loss, exts, 1000)
+    tensors_after, blocks_after, memory_after = state()
+    assert tensors_after == tensors
+    assert blocks_after - blocks < 500
+    assert memory is None or memory_after - memory < 100_000
+    run_steps(model, loss, exts, 1)
+    for parameter in model.parameters():  # overwritten, not accumulated
+        assert parameter.grad_batch.shape[0] == parameter.batch_l2.shape[0] == len(BATCHES[0][0])
+
+
+@pytest.mark.parametrize("store_io", [False, True])
+def test_forward_passes_without_backward(store_io, device):
+    """Only what is stored on the modules stays, of the last pass."""
+    model, loss = small_model(device)
+    extend(model, store_io=store_io)
+    inputs, targets = (t.to(device) for t in BATCHES[0])
+    gc.collect()
+    gc.disable()
+    try:
+        with backpack(BatchGrad()):
+            loss(model(inputs), targets)
+            before = live_tensors()
+            for _ in range(20):
+                loss(model(inputs), targets)
+            assert live_tensors() == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("make", [BatchGrad, BatchL2Grad, DiagGGNExact, SqrtGGNExact, KFLR, DiagHessian])
+def test_create_graph_is_freed_when_its_results_are_dropped(make, device):
+    """Gradients with a graph refer to the parameters they lie on: deleting both kinds of result frees the graph."""
+    model, loss = small_model(device)
+    inputs, targets = (t.to(device) for t in BATCHES[0])
+    field = make().savefield
+    gc.collect()
+    gc.disable()
+    try:
+        before = live_tensors()
+        for _ in range(2):
+            with backpack(make()):
+                value = loss(model(inputs.clone()), targets)
+                gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+            for parameter in model.parameters():
+                delattr(parameter, field)
+            del value, gradients, parameter
+        assert live_tensors() == before
+    finally:
+        gc.enable()
+
+
+def test_memory_of_models_that_are_dropped(device):
+    """No table of ours remembers a model: nodes, architectures, passes."""
+    for _ in range(2):
+        model, loss = small_model(device)
+        run_steps(model, loss, [BatchGrad(), DiagGGNExact()], 1)
+        references = [weakref.ref(module) for module in model.modules()]
+        del model
+        gc.collect()
+        assert all(reference() is None for reference in references)
+    assert not capture._nodes and not capture.Pass._of_task

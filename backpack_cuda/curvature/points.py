@@ -5,6 +5,7 @@ tensor's immediate dominator is the next such one towards the prediction, so tha
 functions follow each other, with a fork where branches join.
 """
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
@@ -25,10 +26,15 @@ class Point:
         self.metadata = [node._input_metadata[i] for i in sorted(outputs)]  # shape [N * R, *], dtype, device
         self.sizes = [prod(m.shape) // max(batch_size, 1) if batch_size else prod(m.shape[1:]) for m in self.metadata]
         self.features = sum(self.sizes)  # D
-        self.parent: Point | None = None
+        self._parent: weakref.ref[Point] | None = None  # no cycle, which would keep the graph
         self.between: list[Node] = []  # the functions from here to the parent; its own is the last one
         self.children: list[Point] = []
         self._subtree = 1
+
+    @property
+    def parent(self) -> "Point | None":
+        """The next point on the way to the prediction."""
+        return None if self._parent is None else self._parent()
 
     def visits(self) -> Iterator[tuple["Point", bool]]:
         """This point and all below, parents first; with whether it is the last child. The largest subtree comes last,
@@ -115,7 +121,7 @@ class Graph:
             dominator = self._dominator[point.node]
             while dominator not in points:
                 dominator = self._dominator[dominator]
-            point.parent = points[dominator]
+            point._parent = weakref.ref(points[dominator])
             point.parent.children.append(point)
             point.between = self._between(point.node, dominator)
         for point in reversed(points.values()):
