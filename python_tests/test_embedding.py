@@ -27,6 +27,7 @@ from backpack_cuda.extensions import (
     SumGradSquared,
     Variance,
 )
+from backpack_cuda.per_sample import columns, dense
 from backpack_cuda.per_sample import embedding as embedding_use
 
 FIRST_ORDER = {
@@ -102,10 +103,11 @@ def test_first_order(options, shape, device):
     assert_first_order(module.weight, loop(*batched, module))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_types_of_tokens(dtype, device):
+def test_types_of_tokens(dtype, scaled, device):
     """Also tokens that are not contiguous, and the layer class."""
-    module = bp.Embedding(5, 3, device=device, dtype=torch.float64)
+    module = bp.Embedding(5, 3, scale_grad_by_freq=scaled, device=device, dtype=torch.float64)
     tokens = torch.randint(5, (4, 6), dtype=dtype, device=device).mT
     grad_output = torch.randn(3, 6, 4, dtype=torch.float64, device=device).permute(1, 2, 0)
     backward(module, tokens, grad_output, *first_order())
@@ -169,6 +171,16 @@ def test_frozen_and_idle(device):
     assert not [name for name in FIRST_ORDER if hasattr(module.weight, name)]
 
 
+def test_the_gradient_is_differentiable():
+    """As torch's, also without extensions."""
+    module, tokens = extend(nn.Embedding(5, 3, padding_idx=1).double()), torch.randint(5, (3, 4))
+
+    def gradient(grad_output: Tensor) -> Tensor:
+        return torch.autograd.grad(module(tokens), module.weight, grad_output, create_graph=True)[0]
+
+    assert torch.autograd.gradcheck(gradient, torch.randn(3, 4, 3, dtype=torch.float64, requires_grad=True))
+
+
 def test_autocast_leaves_it_alone(device):
     module = extend(nn.Embedding(5, 3).to(device))
     tokens = torch.randint(5, (4, 6), device=device)
@@ -211,8 +223,13 @@ class Tied(nn.Module):
         return self.out(torch.tanh(h)).transpose(1, 2)
 
 
+@pytest.mark.parametrize("chunk", [None, 1])
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 1}], ids=str)
-def test_tied_with_a_linear_layer(options, device):
+def test_tied_with_a_linear_layer(options, chunk, device, monkeypatch):
+    """All samples at once, or sample by sample as where the weight is large."""
+    if chunk:
+        monkeypatch.setattr(columns, "_CHUNK_ELEMENTS", chunk)
+        monkeypatch.setattr(dense, "_CHUNK_ELEMENTS", chunk)
     stock = Tied(**options).double()
     tokens, targets = torch.randint(5, (4, 6)), torch.randint(5, (4, 6))
     loss = nn.CrossEntropyLoss()
@@ -220,9 +237,11 @@ def test_tied_with_a_linear_layer(options, device):
     exact = curvature(stock, lambda f: F.cross_entropy(f, targets), tokens)
     model = extend(stock.to(device))
     value = extend(loss)(model(tokens.to(device)), targets.to(device))
-    with backpack(*first_order(), DiagGGNExact(), BatchDiagGGNExact()):
+    with backpack(*first_order(), DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact()):
         value.backward()
     for name, parameter in model.named_parameters():
+        root = parameter.sqrt_ggn_exact.flatten(2)
+        assert_close(name, torch.einsum("vnp,vnq->npq", root, root), exact.blocks(name), 1e-9)
         assert_first_order(parameter, expected[name].batch_grad)
         assert_close(name, parameter.diag_ggn_exact, exact.diag(name), 1e-9)
         assert_close(name, parameter.diag_ggn_exact_batch, exact.batch_diag(name), 1e-9)
@@ -272,6 +291,18 @@ def test_second_order(options, deeper, device):
     scales = scale.expand(5, 3).flatten()
     blocks = exact.blocks(name) * scales * scales[:, None]
     assert_close("sqrt_ggn_exact", torch.einsum("vnp,vnq->npq", root, root), blocks, 1e-9)
+
+
+@named("shape", {"no samples": (0, 3), "no positions": (3, 0)})
+def test_second_order_of_nothing(shape, device):
+    model, loss = extend(Model(True).double().to(device)), extend(nn.MSELoss(reduction="sum"))
+    with backpack(DiagGGNExact(), BatchDiagGGNExact(), DiagHessian()):
+        output = model(torch.zeros(shape, dtype=torch.long, device=device))
+        loss(output, torch.zeros_like(output)).backward()
+    weight = model.embedding.weight
+    assert weight.diag_ggn_exact_batch.shape == (shape[0], 5, 3)
+    assert not weight.diag_ggn_exact.any()
+    assert not weight.diag_h.any()
 
 
 def test_subsampled_square_root(device):

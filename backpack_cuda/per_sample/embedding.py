@@ -148,8 +148,8 @@ def _zeros(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _zeros_by_page(like: Tensor, shape: tuple[int, int], touched: int) -> Tensor | None:
     """Zeros in fresh memory that the system provides page by page, when a page is first written.
 
-    Of a large result all but the `touched` bytes are then neither written nor taken. None where zeros are written faster:
-    pages in order cost less than single ones, and for a small result earlier ones may have left memory.
+    Of a large result all but the `touched` bytes are then neither written nor taken. None where it is faster to write
+    zeros: pages in order cost less than single ones, and for a small result earlier ones may have left memory.
     """
     size = prod(shape) * like.dtype.itemsize
     if size < max(_LARGE, 4 * touched):
