@@ -24,7 +24,8 @@ COLUMNS = {
     "PCHMP": ["PCHMP"],
 }
 RIGHT, WRONG, MISSING, RAISES = "right", "wrong", "missing", "raises"
-LETTERS = {"r": RIGHT, "W": WRONG, "m": MISSING, "-": RAISES}
+ANSWERS = "answers"  # for the Kronecker factors of recurrent modules, which test_recurrent.py has an oracle for
+LETTERS = {"r": RIGHT, "W": WRONG, "m": MISSING, "-": RAISES, "a": ANSWERS}
 EVERY_COLUMN = tuple(COLUMNS)
 
 
@@ -269,10 +270,10 @@ VERDICTS = {
     "Softmax": ("rrrr---------", "rrrrrrrrr-rrr"),
     "Upsample": ("rrrr---------", "rrrrrrrrrrrrr"),
     "Embedding": ("rrrrrr-------", "rrrrrr---rrrr"),
-    "RNN": ("rrrrr--------", "rrrrrr----rrr"),
-    "LSTM": ("rrrrr--------", "rrrrrr----rrr"),
-    "GRU": ("mmmm---------", "rrrrrr----rrr"),
-    "LSTM, two layers, bidirectional": ("-------------", "rrrrrr----rrr"),
+    "RNN": ("rrrrr--------", "rrrrrraa--rrr"),
+    "LSTM": ("rrrrr--------", "rrrrrraa--rrr"),
+    "GRU": ("mmmm---------", "rrrrrraa--rrr"),
+    "LSTM, two layers, bidirectional": ("-------------", "rrrrrraa--rrr"),
     "ScaleModule": ("rrrrrrrr-----", "rrrrrrrrrrrrr"),
     "Parallel": ("rrrrrrr------", "rrrrrrrrrrrrr"),
     "Permute": ("rrrrr--------", "rrrrrrrrrrrrr"),

@@ -1,0 +1,117 @@
+"""Every public name of BackPACK is imported and called in both libraries, and docs/backpack.md must say what came out.
+
+`python -m pytest python_tests/test_backpack_names.py --update-readme` writes the page's table.
+"""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from backpack_matrix import COLUMNS, LETTERS, RAISES, VERDICTS
+from backpack_names import SECTIONS, Library, derivative_classes, quietly
+from torch import Tensor
+
+pytest.importorskip("backpack", reason="BackPACK is not installed")
+PAGE = Path(__file__).parents[1] / "docs/backpack.md"
+OURS, THEIRS = Library("backpack_cuda"), Library("backpack")
+REFUSED = "autograd serves their users; the import says how"
+NAMES = {name.path: name for names in SECTIONS.values() for name in names}
+
+
+def equal(first, second) -> bool:
+    """Whether two results of a call are the same numbers, strings, and so on."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.allclose(first.double(), second.double(), 1e-5, 1e-7)
+    if isinstance(first, list | tuple) and isinstance(second, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+@functools.cache
+def verdict(path: str) -> tuple[str, str]:
+    """ "same", "better" or "refused", and a remark."""
+    name = NAMES[path]
+    try:
+        ours = quietly(name.call, OURS)
+    except (NotImplementedError, ImportError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) or not deliberate(error):
+            raise
+        return "refused", str(error)
+    try:
+        theirs = quietly(name.call, THEIRS)
+    except Exception as error:
+        reason = name.remark or f"BackPACK: {type(error).__name__}"
+        return "better", reason
+    assert equal(ours, theirs), f"{path}: {ours}, not {theirs}"
+    return "same", name.remark
+
+
+def deliberate(error: Exception) -> bool:
+    """Whether an error is one of ours that says what to do instead, rather than a name that is missing."""
+    return len(str(error)) > 60 and "has no attribute" not in str(error)
+
+
+def is_missing(error: Exception) -> bool:
+    return isinstance(error, ModuleNotFoundError | AttributeError | AssertionError) and not deliberate(error)
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_name(path):
+    try:
+        verdict(path)
+    except Exception as error:
+        if is_missing(error):
+            pytest.skip(f"not there yet: {error}")
+        raise
+
+
+@pytest.mark.parametrize("path", derivative_classes())
+def test_classes_of_derivatives_are_refused(path):
+    """BackPACK's internals, which autograd serves: the import says what to use."""
+    THEIRS(path)
+    pytest.importorskip("backpack_cuda.core", reason="not there yet")
+    with pytest.raises(ImportError, match="autograd") as error:
+        OURS(path)
+    assert deliberate(error.value)
+
+
+def table() -> str:
+    """All names in Markdown, section by section."""
+    lines = []
+    for section, names in SECTIONS.items():
+        lines += [f"### {section}", "", "| name | ours | remark |", "| --- | --- | --- |"]
+        for name in names:
+            lines.append(f"| `{name.path}` | " + " | ".join(verdict(name.path)) + " |")
+        if section == "Derivatives":
+            lines.append(f"| the {len(derivative_classes())} classes of `core.derivatives` | refused | {REFUSED} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def refusals() -> str:
+    """The cells of the support matrix in which we raise an error."""
+    rows: dict[str, list[str]] = {}
+    for name, (_, ours) in VERDICTS.items():
+        columns = [f"`{column}`" for column, letter in zip(COLUMNS, ours, strict=True) if LETTERS[letter] == RAISES]
+        if columns:
+            rows.setdefault(", ".join(columns), []).append(name)
+    return "\n".join(f"* {columns} of {', '.join(names)}" for columns, names in rows.items())
+
+
+def test_page_is_what_runs(request):
+    try:
+        parts = {"refusals": refusals(), "names": table()}
+    except Exception as error:
+        if is_missing(error):
+            pytest.skip(f"not there yet: {error}")
+        raise
+    page = text = PAGE.read_text()
+    for name, part in parts.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{part.strip()}\n{end}{rest.partition(end)[2]}"
+    if request.config.getoption("--update-readme"):
+        PAGE.write_text(text)
+    else:
+        assert page == text, "docs/backpack.md is out of date: run this test with --update-readme"
