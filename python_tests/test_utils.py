@@ -1,6 +1,7 @@
 """`backpack_cuda.utils`: against dense linear algebra, torch's own layers, and BackPACK's functions."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ import backpack_cuda
 from backpack_cuda import backpack, extend
 from backpack_cuda.custom_module.branching import Parallel, _Branch
 from backpack_cuda.custom_module.reduce_tuple import ReduceTuple
-from backpack_cuda.extensions import KFLR, SqrtGGNExact
-from backpack_cuda.utils import conv, conv_transpose, kroneckers, linear
+from backpack_cuda.extensions import KFLR, DiagGGNExact, SqrtGGNExact
+from backpack_cuda.utils import conv, conv_transpose, examples, kroneckers, linear
 from backpack_cuda.utils.convert_parameters import vector_to_parameter_list
 from backpack_cuda.utils.errors import batch_norm_raise_error_if_train
 from backpack_cuda.utils.hooks import no_op
@@ -364,3 +365,24 @@ def test_kfacmp_unsqueeze_if_missing_dim():
     assert function.__doc__ == "Its docstring."
     for shape in ((2, 3), (2, 3, 4)):
         assert torch.equal(function(torch.ones(shape)), 2 * torch.ones(shape))
+
+
+@named("idx", {"all": None, "some": [0, 7, 3]})
+def test_autograd_diag_ggn_exact(idx):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    model[2].bias.requires_grad_(False)
+    loss = nn.CrossEntropyLoss()
+    inputs, targets = torch.randn(5, 3).double(), torch.randint(2, (5,))
+    diagonal = examples.autograd_diag_ggn_exact(inputs, targets, model, loss, idx=idx)
+    with backpack(DiagGGNExact()):
+        extend(loss)(extend(model)(inputs), targets).backward()
+    expected = torch.cat([p.diag_ggn_exact.flatten() for p in model.parameters() if p.requires_grad])
+    assert_close("diagonal", diagonal, expected if idx is None else expected[idx], 1e-9)
+
+
+@pytest.mark.parametrize("name", ["load_mnist_dataset", "get_mnist_dataloader", "load_one_batch_mnist"])
+def test_mnist_without_torchvision(name, monkeypatch):
+    """One sentence that says what is missing, and only when the data are asked for."""
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ImportError, match="MNIST is loaded by torchvision, which is not installed"):
+        getattr(examples, name)()

@@ -71,11 +71,11 @@ class Lookup:
     def rows(self, gradients: Tensor) -> Tensor:
         """Output gradients [V, N, *, H] summed by run: [V, R, H], in the statistics' type."""
         v, h, r, positions = gradients.shape[0], gradients.shape[-1], len(self.runs.token), self.tokens.numel()
-        rows = gradients.to(statistics_dtype(gradients.dtype)).reshape(v * positions, h)
+        rows, size = gradients.to(statistics_dtype(gradients.dtype)).reshape(v * positions, h), positions
         if self.padding_idx is not None or positions > self.batch_size:
             size = r if self.padding_idx is None else r + 1  # the last row is the padding token's
             rows = sum_rows(rows, _repeated(self.runs.of_positions, v, size), v * size)
-        rows = rows.view(v, -1, h)[:, :r]
+        rows = rows.view(v, size, h)[:, :r]
         if self.scale is None:
             return rows
         return rows * self.scale.index_select(0, self.runs.token).to(rows.dtype).unsqueeze(1)
