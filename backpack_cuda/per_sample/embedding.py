@@ -7,7 +7,7 @@ order on the CPU and on CUDA: results are deterministic.
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import prod
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from backpack_cuda.stats import ColumnStats, ColumnWant, Stats, Want, statistics
 
 _PAGE = 4096  # bytes
 _LARGE = 16 << 20  # bytes of a result above which no memory of earlier results is kept (csrc/cpu/result_pool.cpp)
+_CACHED = 1 << 16  # elements of an intermediate result on the CPU
 
 
 class Runs(NamedTuple):
@@ -92,9 +93,17 @@ class Lookup:
             result = _zeros(rows, (v * n * e, h))
         return result.index_add_(0, index, rows.reshape(-1, h)).view(v, n, e, h)
 
-    def sum_samples(self, rows: Tensor) -> Tensor:
-        """Rows of runs [R, H] summed over the samples: [E, H]."""
-        return sum_rows(rows, self.runs.token, self.num_embeddings)
+    def sum_samples(self, rows: Tensor, form: Callable[[Tensor, slice], Tensor] | None = None) -> Tensor:
+        """Rows of runs [*, R, H] summed over the samples, after form(rows [*, R_c, H], runs) -> [R_c, H]: [E, H]."""
+        if form is None:
+            return sum_rows(rows, self.runs.token, self.num_embeddings)
+        parts = _parts(rows)
+        if len(parts) == 1:
+            return sum_rows(form(rows, parts[0]), self.runs.token, self.num_embeddings)
+        result = _zeros(rows, (self.num_embeddings, rows.shape[-1]))
+        for part in parts:
+            result.index_add_(0, self.runs.token[part], form(rows[..., part, :], part))
+        return result
 
     def select(self, samples: slice | Tensor) -> "Lookup":
         return Lookup(self.tokens[samples], self.num_embeddings, self.padding_idx, self.scale)
@@ -105,6 +114,16 @@ class Lookup:
             return None
         tokens = [positions_flat(other.tokens.long().unsqueeze(-1), 1) for other in lookups]  # [N, T, 1] each
         return Lookup(torch.cat(tokens, 1).squeeze(2), self.num_embeddings, self.padding_idx)
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Parts of the R runs of rows [*, R, H] whose intermediate results stay in the caches.
+
+    A single one where a graph keeps these results, and on a GPU.
+    """
+    r, h = max(rows.shape[-2], 1), max(rows.shape[-1], 1)
+    step = r if torch.is_grad_enabled() or _on_gpu(rows) else max(1, _CACHED // h)
+    return [slice(begin, begin + step) for begin in range(0, r, step)]
 
 
 def _on_gpu(tensor: Tensor) -> bool:
@@ -186,12 +205,11 @@ class EmbeddingUse(Use):
             grad = total.to(self.dtype)
         if want & Want.BATCH_GRAD:
             (batch_grad,) = lookup.spread(rows.to(self.dtype).unsqueeze(0))
-        if want & (Want.BATCH_L2 | Want.SUM_GRAD_SQUARED):
-            squares = rows.square()
-            if want & Want.BATCH_L2:
-                batch_l2 = sum_rows(squares.sum(1, keepdim=True), lookup.runs.sample, self.batch_size).squeeze(1)
-            if want & Want.SUM_GRAD_SQUARED:
-                sum_grad_squared = lookup.sum_samples(squares)
+        if want & Want.BATCH_L2:
+            norms = torch.cat([rows[part].square().sum(1) for part in _parts(rows)])
+            batch_l2 = sum_rows(norms.unsqueeze(1), lookup.runs.sample, self.batch_size).squeeze(1)
+        if want & Want.SUM_GRAD_SQUARED:
+            sum_grad_squared = lookup.sum_samples(rows, lambda part, _: part.square())
         if want & Want.SUM_GRAD_CENTERED_SQUARED:
             centered = self._centered(rows, total)
         return Stats(grad, batch_grad, batch_l2, sum_grad_squared, centered)
@@ -205,9 +223,14 @@ class EmbeddingUse(Use):
         _, _, token, used = self.lookup.runs
         occurs = rows.new_ones(len(rows)) if used is None else used.to(rows.dtype)
         k = rows.new_zeros(len(total)).index_add_(0, token, occurs).index_select(0, token).unsqueeze(1)  # [R, 1]
-        mean = total.index_select(0, token) / k
-        squares = mean.square() * (1 - k / self.batch_size) + (rows - mean).square()
-        return self.lookup.sum_samples(squares if used is None else squares.masked_fill(~used.unsqueeze(1), 0.0))
+        others = 1 - k / self.batch_size
+
+        def squares(rows: Tensor, part: slice) -> Tensor:
+            mean = total.index_select(0, token[part]) / k[part]
+            found = (rows - mean).square().addcmul(mean * others[part], mean)
+            return found if used is None else found.masked_fill(~used.unsqueeze(1), 0.0)
+
+        return self.lookup.sum_samples(rows, squares)
 
     def select(self, samples: slice | Tensor) -> "EmbeddingUse":
         return EmbeddingUse(self.lookup.select(samples), self.grad_output[samples], self.sparse)
@@ -241,11 +264,15 @@ class EmbeddingColumns(ColumnUse):
         if want & ColumnWant.FACTOR:
             factor = lookup.spread(rows.to(self.dtype))
         if want & (ColumnWant.BATCH_DIAG | ColumnWant.DIAG):
-            squares = _signed_squares(rows, None if signs is None else signs.index_select(1, lookup.runs.sample))
+            signs = None if signs is None else signs.index_select(1, lookup.runs.sample)  # [V, R]
+
+            def squares(rows: Tensor, part: slice) -> Tensor:
+                return _signed_squares(rows, None if signs is None else signs[:, part])
+
             if want & ColumnWant.BATCH_DIAG:
-                (batch_diag,) = lookup.spread(squares.unsqueeze(0))
+                (batch_diag,) = lookup.spread(squares(rows, slice(None)).unsqueeze(0))
             if want & ColumnWant.DIAG:
-                diag = lookup.sum_samples(squares)
+                diag = lookup.sum_samples(rows, squares)
         return ColumnStats(factor, batch_diag, diag)
 
     def select(self, samples: slice | Tensor) -> "EmbeddingColumns":
