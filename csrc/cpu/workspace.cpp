@@ -61,8 +61,8 @@ void* Workspace::allocate(size_t bytes) {
 
 void advise_huge_pages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHugePage = 2 << 20;
-  if (bytes < 2 * kHugePage) return;
+  constexpr uintptr_t kHugePage = 2 << 20, kLargestAdvised = 512 << 20;
+  if (bytes < 2 * kHugePage || bytes > kLargestAdvised) return;
   const uintptr_t address = reinterpret_cast<uintptr_t>(data);
   const uintptr_t begin = (address + kHugePage - 1) & ~(kHugePage - 1),
                   end = (address + bytes) & ~(kHugePage - 1);

@@ -30,7 +30,9 @@ class Workspace {
 };
 
 // Asks for huge pages for a large block that was not touched yet: page faults otherwise dominate the writing
-// of large outputs.
+// of large outputs. Not for blocks above 512 MiB: the system looks for that many free huge pages in memory
+// that it has not used for long, and a virtual machine then has to get it from its host, page by page; small
+// pages come from what was freed last.
 void advise_huge_pages(void* data, size_t bytes);
 
 }  // namespace backpack_cuda::cpu
