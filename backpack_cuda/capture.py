@@ -28,6 +28,8 @@ from backpack_cuda.per_sample import ColumnUse, NoKroneckerFactors, NoPerSampleG
 from backpack_cuda.per_sample.dense import merge
 from backpack_cuda.stats import Stats, Want
 
+# A node's `sweeping` where torch differentiates in the parameters inside of modules.
+TO_PARAMETERS = "to parameters"
 IO_FLAG = "_backpack_store_io"  # attribute of modules extended with store_io=True
 
 
@@ -62,7 +64,11 @@ def _has_quantities(input) -> bool:
 
 
 class LayerOperation(Protocol):
-    """A layer's forward and backward as plain functions of tensors; without state, so that it can be shared."""
+    """A layer's forward and backward as plain functions of tensors; without state, so that it can be shared.
+
+    One whose output is linear in weight and bias, with a backward that is exactly the transpose, says so by an
+    attribute `bias_dim`, the output's dimension that the bias lies along: `curvature/products.py` uses it.
+    """
 
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's output."""
@@ -126,7 +132,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.save_for_backward(saved_input, saved_weight)
         ctx.module = module
         ctx.operation = operation
-        ctx.sweeping = False  # whether curvature/sweep.py pushes columns through
+        ctx.sweeping = False  # whether curvature/ pushes columns or directions through
         own = module._parameters
         ctx.parameters = (("weight", own["weight"]), ("bias", own.get("bias")))  # they may be replaced later
         return operation.forward(input, weight, bias)
@@ -142,7 +148,7 @@ class LayerFunction(torch.autograd.Function):
             for edge, need in enumerate(ctx.needs_input_grad[:3])
         ]
         if ctx.sweeping:
-            return (*operation.backward(grad_output, input, weight, (needs_input, False, False)), None, None)
+            return (*operation.backward(grad_output, input, weight, needs), None, None)
         now = current()
         requested = now.extensions and (needs_weight or needs_bias)
         if now.authoring or (not requested and (now.sweeping or not _is_attended(module))):
@@ -260,7 +266,7 @@ class ObserverFunction(torch.autograd.Function):
         if is_authoring():
             pass
         elif ctx.sweeping:
-            if observation.rule is not None:
+            if observation.rule is not None and ctx.sweeping != TO_PARAMETERS:
                 needed = _needed_edges(ctx)
                 pulled = _pull_back(replay_of(ctx, ctx.saved_tensors), needed, grad_outputs)
                 gradients = dict(zip(needed, pulled, strict=True))

@@ -20,6 +20,7 @@ weights are checked at the first call.
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from math import prod, sqrt
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ class LossHessian(NamedTuple):
     sampled: Callable[[int], SquareRoot]  # M -> M columns, gradients for drawn targets / sqrt(M); draws at the call
     normalisation: Tensor | float  # what the sum over samples and positions was divided by; 0 if all were ignored
     summed: Callable[[int], Tensor]  # R -> [R, D, D], of a prediction [N * R, *] with rows of D: sum over n of H_nr
+    product: Callable[[], Callable[[Tensor], Tensor]]  # forms u [*prediction] -> H u, [*prediction]; keeps no graph
 
 
 def loss_hessian(module: nn.Module, *args, **kwargs) -> LossHessian:
@@ -127,7 +129,7 @@ def _mse(module: nn.MSELoss, input: Tensor, target: Tensor) -> LossHessian:
         return eye.mul_(value).expand(rows, features, features)
 
     exact = SquareRoot(features, form)
-    return LossHessian(input, exact, exact, sampled, normalisation, summed)
+    return LossHessian(input, exact, exact, sampled, normalisation, summed, lambda: lambda u: u * root**2)
 
 
 # ---- softmax cross-entropy
@@ -204,12 +206,28 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         hessians = mixed.sum(3).diag_embed() - mixed  # [R, L, C, C]
         return hessians.permute(0, 2, 3, 1).diag_embed().transpose(2, 3).reshape(rows, classes * length, -1)
 
+    def product() -> Callable[[Tensor], Tensor]:
+        p = input.softmax(1, dtype)  # [N, C, *d]
+        pivot = p.detach().argmax(1, keepdim=True) if p.numel() else None  # [N, 1, *d]
+        weighted = p * scale.unsqueeze(1)
+
+        def multiply(u: Tensor) -> Tensor:
+            # w p_c (u_c - sum_k p_k u_k), the same for u less a constant: u_j of the most probable class, since with
+            # p_j close to 1 the sum would nearly cancel u_j.
+            if pivot is None:
+                return torch.zeros_like(u)
+            d = u.to(dtype)
+            d = d - d.gather(1, pivot)
+            return (weighted * (d - (p * d).sum(1, keepdim=True))).to(u.dtype)
+
+        return multiply
+
     exact = SquareRoot(classes * length, lambda begin, end: form(begin, end, reduced=False))
     if classes > 1:
         reduced = SquareRoot((classes - 1) * length, lambda begin, end: form(begin, end, reduced=True))
     else:
         reduced = exact
-    return LossHessian(input, exact, reduced, sampled, normalisation, summed)
+    return LossHessian(input, exact, reduced, sampled, normalisation, summed, product)
 
 
 def _complement(tau: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
@@ -345,8 +363,13 @@ def _binary_cross_entropy(module: nn.BCEWithLogitsLoss, input: Tensor, target: T
         values = (logsigmoid(logits) + logsigmoid(-logits)).exp() * scale  # [N * R, *]
         return values.reshape(-1, rows, features).sum(0).diag_embed()
 
+    def product() -> Callable[[Tensor], Tensor]:
+        logits = input.to(dtype)
+        diagonal = (logsigmoid(logits) + logsigmoid(-logits)).exp() * scale  # [N, *]
+        return lambda u: (u * diagonal).to(u.dtype)
+
     exact = SquareRoot(features, form)
-    return LossHessian(input, exact, exact, sampled, normalisation, summed)
+    return LossHessian(input, exact, exact, sampled, normalisation, summed, product)
 
 
 _HESSIANS = {
@@ -364,13 +387,24 @@ def given_hessian(module: nn.Module, prediction: Tensor, columns: Tensor) -> Los
     _check_prediction(module, prediction)
     _check_columns(type(module).__name__, columns, prediction)
     root = _given(columns)
-    return LossHessian(prediction, root, root, lambda mc_samples: root, 1.0, lambda rows: _summed(columns, rows))
+    summed, product = partial(_summed, columns), partial(_product, columns)
+    return LossHessian(prediction, root, root, lambda mc_samples: root, 1.0, summed, product)
 
 
 def _summed(columns: Tensor, rows: int) -> Tensor:
     """Columns [V, N * R, *] -> [R, D, D], their products summed over columns and samples."""
     wide = columns.to(statistics_dtype(columns.dtype)).reshape(len(columns), -1, rows, prod(columns.shape[2:]))
     return torch.einsum("vnrd,vnre->rde", wide, wide)
+
+
+def _product(columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Columns [V, N, *] -> the product with the sum of their outer products."""
+
+    def multiply(u: Tensor) -> Tensor:
+        coefficients = (columns * u).flatten(2).sum(2)  # [V, N]
+        return torch.einsum("vn,vn...->n...", coefficients, columns)
+
+    return multiply
 
 
 def _registered(hessian_sqrt: Callable[..., Tensor]) -> Callable[..., LossHessian]:
@@ -392,7 +426,8 @@ def _registered(hessian_sqrt: Callable[..., Tensor]) -> Callable[..., LossHessia
             return _given(combined.to(columns.dtype))
 
         exact = _given(columns)
-        return LossHessian(prediction, exact, exact, sampled, 1.0, lambda rows: _summed(columns, rows))
+        summed, product = partial(_summed, columns), partial(_product, columns)
+        return LossHessian(prediction, exact, exact, sampled, 1.0, summed, product)
 
     return hessian
 

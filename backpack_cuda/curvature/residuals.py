@@ -89,8 +89,10 @@ class _Walk:
     reached through them: columns of a square root get to a parameter through its layer alone.
     """
 
-    def __init__(self, layers: Layers):
+    def __init__(self, layers: Layers, quantity: str = "Hessian diagonal", alternative: str = "DiagGGNExact"):
         self.sources: list[_Source] = []
+        self._none = f"no {quantity}"
+        self._advice = f"{alternative} allows it"
         self._names: list[str] = []  # of the parameters
         self._own: dict[Node, int] = {}  # layer -> its parameters
         self._leaves: dict[Node, int] = {}  # where a parameter enters the graph -> its bit
@@ -144,7 +146,7 @@ class _Walk:
             if getattr(function, "hands_on", False):
                 return union
             if union or function is CheckpointFunction:  # a reentrant checkpoint may hide layers
-                raise _unknown(node)
+                raise self._unknown(node)
             return 0
         if not union:
             return 0
@@ -171,7 +173,7 @@ class _Walk:
                 if operand < len(operands) and operands[operand]:
                     self._add_source(node, operand, operands[operand], second_derivative)
             return union
-        raise _unknown(node)
+        raise self._unknown(node)
 
     def _add_source(
         self, node: Node, operand: int, dependence: int, second_derivative: Callable[[Saved], Tensor]
@@ -179,11 +181,11 @@ class _Walk:
         inside = dependence & self._past_layers
         if inside:
             raise NotImplementedError(
-                f"no Hessian diagonal of {self._named(inside)}: its module is not linear in it, but applies "
+                f"{self._none} of {self._named(inside)}: its module is not linear in it, but applies "
                 f"{_readable(node)} to what depends on it"
             )
         if operand_metadata(node, operand).dtype.is_complex:
-            raise _unknown(node)
+            raise self._unknown(node)
         self.sources.append(_Source(node, operand, dependence, second_derivative))
 
     def _check_apart(self, node: Node, operands: Sequence[int]) -> None:
@@ -199,11 +201,28 @@ class _Walk:
         names = self._named(parameters & seen)
         if isinstance(node, BackwardCFunction):
             raise NotImplementedError(
-                f"no Hessian diagonal of {names}: it is used again on what depends on its own earlier use, which adds "
-                f"terms between the two uses. {_ADVICE}"
+                f"{self._none} of {names}: it is used again on what depends on its own earlier use, which adds "
+                f"terms between the two uses. {self._advice}"
             )
         raise NotImplementedError(
-            f"no Hessian diagonal: {_readable(node)} multiplies two tensors that both depend on {names}. {_ADVICE}"
+            f"{self._none}: {_readable(node)} multiplies two tensors that both depend on {names}. {self._advice}"
+        )
+
+    def _unknown(self, node: Node) -> NotImplementedError:
+        name = node.name()
+        if name.endswith("CopySlices"):
+            what = "a function that changes a view in place: apply it out of place"
+        elif name == "CheckpointFunctionBackward":
+            what = "torch.utils.checkpoint.checkpoint(..., use_reentrant=True): set use_reentrant=False"
+        elif isinstance(node, BackwardCFunction):
+            what = f"the autograd function {type(node)._forward_cls.__name__}, of which nothing is known"
+        elif _function(name) in BATCH_NORMS:
+            what = "a batch normalisation in training mode: call eval()"
+        else:
+            what = f"{_readable(node)} ({name})"
+        return NotImplementedError(
+            f"{self._none}: functions of what depends on parameters must be linear, piecewise linear or elementwise, "
+            f"and known as such. This one is not: {what}. {self._advice}"
         )
 
     def is_deeper(self, source: _Source) -> bool:
@@ -217,30 +236,56 @@ class _Walk:
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-_ADVICE = "DiagGGNExact allows it"
-
-
-def _unknown(node: Node) -> NotImplementedError:
-    name = node.name()
-    if name.endswith("CopySlices"):
-        what = "a function that changes a view in place: apply it out of place"
-    elif name == "CheckpointFunctionBackward":
-        what = "torch.utils.checkpoint.checkpoint(..., use_reentrant=True): set use_reentrant=False"
-    elif isinstance(node, BackwardCFunction):
-        what = f"the autograd function {type(node)._forward_cls.__name__}, of which nothing is known"
-    elif _function(name) in BATCH_NORMS:
-        what = "a batch normalisation in training mode: call eval()"
-    else:
-        what = f"{_readable(node)} ({name})"
-    return NotImplementedError(
-        "no Hessian diagonal: functions of what depends on parameters must be linear, piecewise linear or elementwise, "
-        f"and known as such. This one is not: {what}. {_ADVICE}"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Sources
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def residual_curvatures(
+    prediction: Tensor, grad_prediction: Tensor, layers: Layers
+) -> list[tuple[GradientEdge, Tensor]]:
+    """Every elementwise function's input x and the curvature phi''(x) dl/dy there [*x], for the products of `PCHMP`.
+
+    Arguments and errors as `residual_sources`; samples may depend on each other.
+    """
+    walk = _Walk(layers, "positive-curvature Hessian", "GGNMP")
+    second_derivatives = _second_derivatives(walk, prediction)
+    found = _curvatures(walk, second_derivatives, prediction, grad_prediction)
+    return [(GradientEdge(*walk.sources[i].node.next_functions[walk.sources[i].operand]), c) for i, c in found.items()]
+
+
+def _second_derivatives(walk: _Walk, prediction: Tensor) -> list[Tensor]:
+    """Walks through the graph; phi''(x) of every source."""
+
+    def form() -> list[Tensor]:
+        walk.run(prediction.grad_fn)
+        saved = {source.node: Saved.of(source.node) for source in walk.sources}
+        return [source.second_derivative(saved[source.node]) for source in walk.sources]
+
+    return in_own_pass(form)
+
+
+def _curvatures(
+    walk: _Walk, second_derivatives: Sequence[Tensor], prediction: Tensor, grad_prediction: Tensor
+) -> dict[int, Tensor]:
+    """phi''(x) dl/dy [*x] by the index of a source, of those that the prediction depends on."""
+    if not walk.sources:
+        return {}
+    grad_outputs = torch.autograd.grad(  # dl/dy
+        prediction,
+        [GradientEdge(source.node, 0) for source in walk.sources],
+        grad_prediction,
+        retain_graph=True,
+        create_graph=torch.is_grad_enabled(),
+        allow_unused=True,
+    )
+    result = {}
+    for i, grad_output in enumerate(grad_outputs):
+        if grad_output is not None:
+            x = operand_metadata(walk.sources[i].node, walk.sources[i].operand)
+            curvature = second_derivatives[i] * grad_output.to(statistics_dtype(grad_output.dtype))
+            result[i] = curvature.sum_to_size(x.shape)
+    return result
 
 
 def residual_sources(
@@ -265,13 +310,8 @@ def residual_sources(
     """
     walk = _Walk(layers)
 
-    def second_derivatives() -> list[Tensor]:
-        walk.run(prediction.grad_fn)
-        saved = {source.node: Saved.of(source.node) for source in walk.sources}
-        return [source.second_derivative(saved[source.node]) for source in walk.sources]
-
-    curvatures = in_own_pass(second_derivatives)
-    if not curvatures or not batch_size:
+    second_derivatives = _second_derivatives(walk, prediction)
+    if not walk.sources or not batch_size:
         return []
     names = [_readable(source.node) for source in walk.sources]
     edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
@@ -283,22 +323,11 @@ def residual_sources(
         # The prediction too, where the loss' columns start: beside the sources' columns the check costs nothing.
         starts.append(("the prediction", GradientEdge(prediction.grad_fn, prediction.output_nr)))
         check_samples_apart(starts, layers, batch_size)
-    grad_outputs = torch.autograd.grad(  # dl/dy
-        prediction,
-        [GradientEdge(source.node, 0) for source in walk.sources],
-        grad_prediction,
-        retain_graph=True,
-        create_graph=torch.is_grad_enabled(),
-        allow_unused=True,
-    )
     result = []
-    for i, grad_output in enumerate(grad_outputs):
-        if grad_output is not None:
-            x = operand_metadata(walk.sources[i].node, walk.sources[i].operand)
-            curvature = curvatures[i] * grad_output.to(statistics_dtype(grad_output.dtype))
-            curvature = curvature.sum_to_size(x.shape)
-            root = _one_hot(curvature, x.dtype, batch_size)
-            result.append(ResidualSource(edges[i], curvature, root, deeper[i], names[i]))
+    for i, curvature in _curvatures(walk, second_derivatives, prediction, grad_prediction).items():
+        x = operand_metadata(walk.sources[i].node, walk.sources[i].operand)
+        root = _one_hot(curvature, x.dtype, batch_size)
+        result.append(ResidualSource(edges[i], curvature, root, deeper[i], names[i]))
     return result
 
 

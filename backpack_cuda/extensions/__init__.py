@@ -4,6 +4,7 @@ from backpack_cuda.extensions.averaged import HBP, KFRA
 from backpack_cuda.extensions.backprop_extension import BackpropExtension
 from backpack_cuda.extensions.first_order import BatchGrad, BatchL2Grad, SumGradSquared, Variance
 from backpack_cuda.extensions.kronecker import KFAC, KFLR
+from backpack_cuda.extensions.products import GGNMP, HMP, PCHMP
 from backpack_cuda.extensions.second_order import (
     BatchDiagGGNExact,
     BatchDiagGGNMC,
@@ -16,7 +17,9 @@ from backpack_cuda.extensions.second_order import (
 )
 
 __all__ = [
+    "GGNMP",
     "HBP",
+    "HMP",
     "KFAC",
     "KFLR",
     "KFRA",
@@ -29,6 +32,7 @@ __all__ = [
     "DiagGGNExact",
     "DiagGGNMC",
     "DiagHessian",
+    "PCHMP",
     "SqrtGGNExact",
     "SqrtGGNMC",
     "SumGradSquared",

@@ -45,6 +45,8 @@ class SecondOrderExtension(BackpropExtension):
     root: Root
     needs_every_column = False  # also of those columns of the exact root that the sum of squares can do without
     per_sample = False  # whether the result has an entry for every sample
+    needs_loss_hessian = True  # rather than the loss' graph alone
+    needs_convex_loss = True  # also after its multiplication with a factor
 
     def __init__(
         self,

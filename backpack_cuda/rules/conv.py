@@ -17,6 +17,8 @@ from backpack_cuda.rules.layer import has_plain_parameters, run_layer
 class ConvOperation:
     """input [N, C, *], weight, bias [O] -> [N, O, *]; `pad` is what the layer adds to its input beforehand."""
 
+    bias_dim = 1
+
     def __init__(self, geometry: ConvGeometry, pad: tuple[int, ...] | None = None):
         self.geometry = geometry
         self._pad = pad  # as torch.nn.functional.pad takes it: last dimension first, (before, after) each

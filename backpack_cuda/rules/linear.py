@@ -14,6 +14,8 @@ from backpack_cuda.rules.layer import has_plain_parameters, run_layer
 class LinearOperation:
     """input [N, *, I], weight [O, I], bias [O] -> [N, *, O]."""
 
+    bias_dim = -1
+
     def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(input, weight, bias)
 

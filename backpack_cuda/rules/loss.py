@@ -11,7 +11,9 @@ from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_ty
 from backpack_cuda.context import CTX, authoring
 from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
 from backpack_cuda.curvature.losses import LossHessian, given_hessian, is_loss, loss_hessian
+from backpack_cuda.curvature.products import form_products
 from backpack_cuda.curvature.sweep import Sweep
+from backpack_cuda.extensions.products import ProductExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
 
 
@@ -52,11 +54,13 @@ def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output
             f"{type(ctx.module).__name__}: output must be scalar for second-order quantities, got a loss of size "
             f"{list(grad_output.shape)}; use reduction='mean' or 'sum'"
         )
-    factor = _factor(ctx.module, grad_output)
+    factor = _factor(ctx.module, grad_output, any(ext.needs_convex_loss for ext in extensions))
     known = [ext for ext in extensions if ext.module_extension(ctx.module) is None]
     if known:
-        hessian = loss_hessian(ctx.module, *args, **kwargs)
-        state.losses.append((hessian.normalisation, factor))
+        hessian = None
+        if any(ext.needs_loss_hessian for ext in known):
+            hessian = loss_hessian(ctx.module, *args, **kwargs)
+            state.losses.append((hessian.normalisation, factor))
         _form(ctx, state, [ext for ext in known if not from_gradients(ext)], hessian, grad_output, factor)
     for ext in extensions:
         if ext not in known:
@@ -67,26 +71,32 @@ def _form(
     ctx,
     state: Pass,
     extensions: list[SecondOrderExtension],
-    hessian: LossHessian,
+    hessian: LossHessian | None,
     grad_output: Tensor,
     factor: Tensor | None,
 ) -> None:
     """Forms what a Hessian contributes to `extensions`."""
     if not extensions:
         return
+    if hessian is not None:
+        _check_connected(ctx.module, hessian)
+    edge = GradientEdge(*ctx.next_functions[0])
+    products = [ext for ext in extensions if isinstance(ext, ProductExtension)]
+    extensions = [ext for ext in extensions if ext not in products]
 
     def grad_prediction() -> Tensor:
-        edge = GradientEdge(*ctx.next_functions[0])
         create_graph = torch.is_grad_enabled()
         return torch.autograd.grad(edge, hessian.prediction, grad_output, retain_graph=True, create_graph=create_graph)[
             0
         ]
 
-    prediction = _connected(ctx.module, hessian)
     for former in (Sweep, AveragedSweep):
         formed = [ext for ext in extensions if (former is AveragedSweep) == is_averaged(ext)]
         if formed:
-            former(formed, prediction, state).run(hessian, grad_prediction, factor)
+            former(formed, hessian.prediction, state).run(hessian, grad_prediction, factor)
+    if products:
+        prediction = ctx.saved_tensors[0] if hessian is None else hessian.prediction
+        form_products(products, edge, grad_output, prediction, hessian, factor, grad_prediction, state)
 
 
 def _authored_hessian(
@@ -101,16 +111,15 @@ def _authored_hessian(
     return given_hessian(module, args[0], columns)
 
 
-def _connected(module: nn.Module, hessian: LossHessian) -> Tensor:
+def _check_connected(module: nn.Module, hessian: LossHessian) -> None:
     if hessian.prediction.grad_fn is None:
         raise RuntimeError(
             f"{type(module).__name__}: its first argument must be the prediction of an extended model, got a tensor "
             "without a graph"
         )
-    return hessian.prediction
 
 
-def _factor(module: nn.Module, grad_output: Tensor) -> Tensor | None:
+def _factor(module: nn.Module, grad_output: Tensor, must_be_positive: bool) -> Tensor | None:
     """What the loss was multiplied by before backward(); None for 1.
 
     A CUDA device is not waited for: there a negative factor gives NaN, the square root of it, rather than an error.
@@ -118,7 +127,7 @@ def _factor(module: nn.Module, grad_output: Tensor) -> Tensor | None:
     if grad_output.requires_grad or grad_output.is_cuda:
         return grad_output.reshape(())
     factor = float(grad_output)
-    if factor < 0:
+    if factor < 0 and must_be_positive:
         raise ValueError(
             f"{type(module).__name__}: expected a loss with a non-negative factor before backward(), got {factor:g}: "
             "its curvature has no square root"
