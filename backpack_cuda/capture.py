@@ -475,7 +475,7 @@ class Pass:
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
         self._debug = CTX.get_debug()
         self._saved: list[tuple[nn.Parameter, str, Callable]] = []  # results of this pass, as weak references
-        self._saved_by_authors: set[tuple[int, str]] = set()  # ids of parameters, and savefields
+        self._saved_by_authors: set[tuple[int, int]] = set()  # ids of parameters and extensions
         self.calls = OpenCalls()
 
     @classmethod
@@ -522,8 +522,8 @@ class Pass:
 
     def save_once(self, module: nn.Module, name: str, parameter: nn.Parameter, ext, value) -> None:
         """Puts a result of somebody else's making on a parameter, of which nobody knows how to add a second one."""
-        key = (id(parameter), ext.savefield)
-        if key in self._saved_by_authors or any(p is parameter and f == ext.savefield for p, f, _ in self._saved):
+        key = (id(parameter), id(ext))
+        if key in self._saved_by_authors or self.uses(parameter) > 1:
             raise NotImplementedError(
                 f"{ext}: {type(module).__name__}.{name} is used several times in this backward pass, and the results "
                 "of its extension for the single uses have no known sum; use backpack_cuda.register_layer, or one "
@@ -561,6 +561,11 @@ class Pass:
             return {id(node)}
         nodes = [other for reference in references if (other := reference()) is not None]
         return {id(node)} | {id(n) for n in nodes if n is not node and torch._C._will_engine_execute_node(n)}
+
+    def uses(self, parameter) -> int:
+        """How many nodes use `parameter` in the running backward pass."""
+        nodes = [reference() for reference in _nodes.get(id(parameter), ())]
+        return sum(node is not None and torch._C._will_engine_execute_node(node) for node in nodes)
 
     def shared(self, node, parameters) -> bool:
         """Whether one of `parameters` has further uses in this backward pass."""
