@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import backpack_cuda as bp
 from backpack_cuda import backpack, extend
 from backpack_cuda.extensions import (
+    GGNMP,
+    HMP,
     KFLR,
     BatchDiagGGNExact,
     BatchDiagHessian,
@@ -267,30 +269,30 @@ class Model(nn.Module):
 @pytest.mark.parametrize("deeper", [False, True])
 @named("options", OPTIONS)
 def test_second_order(options, deeper, device):
-    """Diagonals, their terms and the square root, of the Gauss-Newton matrix and of the Hessian."""
+    """Diagonals and their terms, the square root and products, of the Gauss-Newton matrix and of the Hessian."""
     stock = Model(deeper, **options).double()
     tokens, targets = torch.randint(5, (4, 6)), torch.randn(4, 2, dtype=torch.float64)
     loss = functools.partial(F.mse_loss, target=targets)
     stock(tokens)  # max_norm changes the weight
     stock.embedding.scale_grad_by_freq = stock.embedding.sparse = False  # the oracle takes one sample at a time
     exact, hessian = curvature(stock, loss, tokens), hessian_diagonals(stock, loss, tokens)
-    stock.embedding.scale_grad_by_freq = scaled = options.get("scale_grad_by_freq", False)
+    stock.embedding.scale_grad_by_freq = options.get("scale_grad_by_freq", False)
     stock.embedding.sparse = options.get("sparse", False)
     model = extend(stock.to(device))
     value = extend(nn.MSELoss())(model(tokens.to(device)), targets.to(device))
-    with backpack(DiagGGNExact(), BatchDiagGGNExact(), SqrtGGNExact(), DiagHessian(), BatchDiagHessian()):
+    diagonals = DiagGGNExact(), BatchDiagGGNExact(), DiagHessian(), BatchDiagHessian()
+    with backpack(*diagonals, SqrtGGNExact(), GGNMP(), HMP()):
         value.backward()
     weight, name = model.embedding.weight, "embedding.weight"
-    count = tokens.flatten().bincount(minlength=5).clamp(min=1)[:, None]
-    scale = 1 / count.double() if scaled else torch.ones(5, 1)
-    assert_close("diag_ggn_exact", weight.diag_ggn_exact, exact.diag(name) * scale**2, 1e-9)
-    assert_close("diag_ggn_exact_batch", weight.diag_ggn_exact_batch, exact.batch_diag(name) * scale**2, 1e-9)
-    assert_close("diag_h", weight.diag_h, hessian[name].sum(0) * scale**2, 1e-9)
-    assert_close("diag_h_batch", weight.diag_h_batch, hessian[name] * scale**2, 1e-9)
+    assert_close("diag_ggn_exact", weight.diag_ggn_exact, exact.diag(name), 1e-9)
+    assert_close("diag_ggn_exact_batch", weight.diag_ggn_exact_batch, exact.batch_diag(name), 1e-9)
+    assert_close("diag_h", weight.diag_h, hessian[name].sum(0), 1e-9)
+    assert_close("diag_h_batch", weight.diag_h_batch, hessian[name], 1e-9)
     root = weight.sqrt_ggn_exact.cpu().flatten(2)
-    scales = scale.expand(5, 3).flatten()
-    blocks = exact.blocks(name) * scales * scales[:, None]
-    assert_close("sqrt_ggn_exact", torch.einsum("vnp,vnq->npq", root, root), blocks, 1e-9)
+    assert_close("sqrt_ggn_exact", torch.einsum("vnp,vnq->npq", root, root), exact.blocks(name), 1e-9)
+    identity = torch.eye(15, dtype=torch.float64, device=device).view(15, 5, 3)
+    assert_close("ggnmp", weight.ggnmp(identity).view(15, 15), exact.blocks(name).sum(0), 1e-9)
+    assert_close("hmp", weight.hmp(identity).view(15, 15).diag(), hessian[name].sum(0).flatten(), 1e-9)
 
 
 @named("shape", {"no samples": (0, 3), "no positions": (3, 0)})

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backpack_cuda.capture import apply_layer, capturing, register
+from backpack_cuda.context import is_sweeping
 from backpack_cuda.per_sample import EmbeddingColumns, EmbeddingUse, Lookup, Use
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.layer import has_plain_parameters
@@ -16,8 +17,8 @@ from backpack_cuda.rules.layer import has_plain_parameters
 class EmbeddingOperation:
     """input [N, *] of tokens below E, weight [E, H] -> [N, *, H].
 
-    With `scale_grad_by_freq`, by which torch divides the gradient of a row by the token's count in the whole batch, all
-    quantities are those of this scaled gradient: the parameter counts as `weight = weight' / count`.
+    With `scale_grad_by_freq`, by which torch divides the gradient of a row by the token's count in the whole batch,
+    per-sample gradients are divided, too. Curvature is that of the loss, on which this has no influence.
     """
 
     def __init__(
@@ -47,30 +48,30 @@ class EmbeddingOperation:
         if not needs[1]:
             return None, None, None
         padding_idx = -1 if self._padding_idx is None else self._padding_idx
-        grad = torch.ops.aten.embedding_backward(
-            grad_output, input, self._num_embeddings, padding_idx, self._scale_grad_by_freq, self._sparse
-        )
+        # What passes through a graph for the curvature is differentiated again, and no gradient of the loss.
+        scale, sparse = (False, False) if is_sweeping() else (self._scale_grad_by_freq, self._sparse)
+        grad = torch.ops.aten.embedding_backward(grad_output, input, self._num_embeddings, padding_idx, scale, sparse)
         return None, grad, None
 
     def use(self, input: Tensor, grad_output: Tensor) -> Use:
-        return EmbeddingUse(self._lookup(input, 1), grad_output, self._sparse)
-
-    def use_of_squares(self, input: Tensor, grad_output: Tensor) -> Use:
-        return EmbeddingUse(self._lookup(input, 2), grad_output)
-
-    def columns(self, input: Tensor, columns: Tensor) -> EmbeddingColumns:
-        return EmbeddingColumns(self._lookup(input, 1), columns)
-
-    def original_input(self, input: Tensor) -> Tensor:
-        return input
-
-    def _lookup(self, input: Tensor, power: int) -> Lookup:
         scale = None
         if self._scale_grad_by_freq:
             tokens = input.reshape(-1)
             count = torch.zeros(self._num_embeddings, dtype=torch.long, device=input.device)
             count = count.index_add_(0, tokens, torch.ones_like(tokens, dtype=torch.long))  # [E]
-            scale = count.double().pow(-power)  # of a token that occurs; infinite for others
+            scale = count.double().reciprocal()  # of a token that occurs; infinite for others
+        return EmbeddingUse(self._lookup(input, scale), grad_output, self._sparse)
+
+    def use_of_squares(self, input: Tensor, grad_output: Tensor) -> Use:
+        return EmbeddingUse(self._lookup(input), grad_output)
+
+    def columns(self, input: Tensor, columns: Tensor) -> EmbeddingColumns:
+        return EmbeddingColumns(self._lookup(input), columns)
+
+    def original_input(self, input: Tensor) -> Tensor:
+        return input
+
+    def _lookup(self, input: Tensor, scale: Tensor | None = None) -> Lookup:
         return Lookup(input, self._num_embeddings, self._padding_idx, scale)
 
 
