@@ -39,6 +39,11 @@ def register(module_class: type[nn.Module], extension) -> None:
     _anything = True
 
 
+def keeps_any() -> bool:
+    """Whether there may be modules that keep their tensors."""
+    return _anything
+
+
 def keeps_tensors(module: nn.Module) -> bool:
     """Whether an extended module's inputs and outputs are kept for extensions."""
     if not _anything or torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ from torch.autograd import Variable
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
-from backpack_cuda.authored import OpenCalls, authored
+from backpack_cuda.authored import OpenCalls, authored, keeps_any
 from backpack_cuda.autocast import autocast_enabled, without_autocast
 from backpack_cuda.context import CTX, current, is_authoring, is_batching, is_disabled, is_sweeping
 from backpack_cuda.extensions.first_order import FirstOrderExtension
@@ -753,8 +753,10 @@ def module_done(module: nn.Module, input: Tensor | None = None, state: Pass | No
     """Runs what others wrote for a module, when the quantities of this library are there, and then its hook."""
     if authored():
         state = state or Pass.of_task(torch._C._current_graph_task_id())
-    elif state is None and current().extension_hook is not None:
-        state = Pass.running()
+    elif keeps_any():
+        state = state or Pass.running()
+    else:
+        state = None
     if state is None or not state.calls.module_done(module, input):
         run_hook(module, input)
 

@@ -75,6 +75,9 @@ class ExitFunction(torch.autograd.Function):
         return (None, *grad_outputs)
 
 
+# As of LayerFunction: checkpointed segments run again under function transforms, which these never see batched.
+_apply_entry, _apply_exit = (super(torch.autograd.Function, f).apply for f in (EntryFunction, ExitFunction))
+
 _HANDING_ON = tuple(f._backward_cls for f in (EntryFunction, ExitFunction, ObserverFunction, LossFunction))
 
 
@@ -284,7 +287,7 @@ def enter(module: nn.Module, args: tuple) -> tuple:
     if not positions or not capturing():
         return args
     places = [_place(args[i]) for i in positions]
-    entered = EntryFunction.apply(*[args[i] for i in positions])
+    entered = _apply_entry(*[args[i] for i in positions])
     entered = entered if isinstance(entered, tuple) else (entered,)
     args = list(args)
     for i, value in zip(positions, entered, strict=True):
@@ -309,7 +312,7 @@ def leave(module: nn.Module, args: tuple, kwargs: dict, output):
     if entry is not None:
         entry.call = weakref.ref(call)
     call.returned(outputs, differentiated)
-    handed_on = ExitFunction.apply(call, *[outputs[i] for i in differentiated])
+    handed_on = _apply_exit(call, *[outputs[i] for i in differentiated])
     handed_on = handed_on if isinstance(handed_on, tuple) else (handed_on,)
     register(handed_on[0], ())
     if isinstance(output, Tensor):

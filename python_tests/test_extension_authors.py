@@ -452,6 +452,9 @@ def test_two_losses():
         extensions.BatchDiagHessian,
         extensions.KFRA,
         lambda: extensions.KFAC(fisher="empirical"),
+        extensions.HMP,
+        extensions.GGNMP,
+        extensions.PCHMP,
     ],
 )
 def test_quantities_that_take_no_module_extensions(make):

@@ -20,6 +20,9 @@ class ProductExtension(SecondOrderExtension):
     def __init__(self, savefield: str):
         super().__init__(savefield, Root("product"))
 
+    def check_takes_module_extensions(self) -> None:
+        raise NotImplementedError(f"{self}: formed by differentiating twice, which needs nothing from a layer")
+
     def check_mixed_samples(self, module) -> None:
         """Nothing to refuse: a product is that of the whole batch, whatever the samples do to each other."""
 
