@@ -122,7 +122,9 @@ class ModuleCall:
         self._output_place = _place(outputs[0]) if isinstance(outputs[0], Tensor) else None
         module = self._module()
         if IO_FLAG not in module.__dict__:
-            module.__dict__.update({k: v for k, v in self._tensors.items() if not _is_taken(module, k)})
+            # Without their graph, which knows the module: it would never be freed without a backward pass.
+            stored = {name: value.detach() if _has_graph(value) else value for name, value in self._tensors.items()}
+            module.__dict__.update({name: value for name, value in stored.items() if not _is_taken(module, name)})
 
     # ---- backward ----
 
@@ -261,6 +263,10 @@ class ModuleCall:
 
 def _is_plain(value) -> bool:
     return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _has_graph(value) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _is_taken(module: nn.Module, name: str) -> bool:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import re
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -834,6 +835,26 @@ def test_memory():
     finally:
         gc.enable()
     assert counts[1:] == counts[1:2] * 5
+
+
+def test_a_forward_pass_without_backward():
+    """Neither its graph nor its model waits for anything."""
+    a = authors("backpack_cuda")
+    model, loss_function, inputs, targets = mlp(a)
+    references = [weakref.ref(module) for module in model.modules()]
+    nodes = []
+    for _ in range(2):
+        outputs = model(inputs)
+        nodes.append(weakref.ref(outputs.grad_fn.call))
+        del outputs
+    assert torch.equal(model[2].output, model(inputs)) and not any(node() for node in nodes)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not any(reference() for reference in references)
+    finally:
+        gc.enable()
 
 
 # ---- register_layer
