@@ -6,7 +6,7 @@ output satisfy sum_v S_vn S_vn^T = H_n, then sum_v G_vn G_vn^T is H_n pulled bac
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -312,7 +312,7 @@ class SummedColumns(ColumnUse):
     def _rows(self, samples: slice) -> Tensor:  # [V, N_c, *P]
         wide = statistics_dtype(self.dtype)
         rows = [use.select(samples).stats({n: ColumnWant.FACTOR}, None)[n].factor for use, n in self._uses]
-        return torch.stack([r.to(wide) for r in rows]).sum(0)
+        return reduce(torch.add, [r.to(wide) for r in rows])
 
     def select(self, samples: slice | Tensor) -> "SummedColumns":
         return SummedColumns([(use.select(samples), name) for use, name in self._uses])

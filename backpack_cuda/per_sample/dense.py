@@ -1,7 +1,7 @@
 """Per-sample gradients that are materialised: layers without a factorised form, and sums of unlike uses."""
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ class SummedUse(Use):
 
     def _rows(self, samples: slice) -> Tensor:  # [N_c, *P]
         rows = [use.select(samples).stats({name: Want.BATCH_GRAD})[name].batch_grad for use, name in self._uses]
-        return torch.stack([r.to(statistics_dtype(r.dtype)) for r in rows]).sum(0)
+        return reduce(torch.add, [r.to(statistics_dtype(r.dtype)) for r in rows])
 
     def stats(self, want: dict[str, int]) -> dict[str, Stats]:
         ((name, flags),) = want.items()
