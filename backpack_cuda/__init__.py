@@ -13,7 +13,7 @@ from backpack_cuda.activation import backpack
 from backpack_cuda.capture import memory_cleanup
 from backpack_cuda.context import CTX, disable
 from backpack_cuda.custom_module.graph_utils import convert_module_to_backpack
-from backpack_cuda.extending import extend
+from backpack_cuda.extending import extend, hook_run_extensions, hook_store_io
 from backpack_cuda.extensions import BackpropExtension
 from backpack_cuda.layers import (
     Conv1d,
@@ -46,6 +46,8 @@ __all__ = [
     "disable",
     "extend",
     "extensions",
+    "hook_run_extensions",
+    "hook_store_io",
     "is_no_op",
     "memory_cleanup",
     "no_op",

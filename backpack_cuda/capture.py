@@ -289,7 +289,7 @@ class ObserverFunction(torch.autograd.Function):
                     use = pulled.use()
                     if wanted and forms_from_gradients() and not torch.is_grad_enabled():
                         fused = not state.shared(ctx, wanted.values())
-                gradients = _record(state, ctx, module, use, wanted, args[0] if args else None, fused)
+                gradients = _record(state, ctx, module, use, wanted, args[0] if args else kwargs.get("input"), fused)
                 ctx.replay = None
                 if fused:
                     inputs = [name for name in _needed_edges(ctx) if name not in observation.parameters]
@@ -766,15 +766,15 @@ def run_hook(module: nn.Module, input: Tensor | None = None) -> None:
     hook = current().extension_hook
     stores_io = IO_FLAG in module.__dict__
     if hook is not None:
-        lent = input is not None and "input0" not in module.__dict__
+        lent = input is not None and "input0" not in module.__dict__ and not is_taken(module, "input0")
         if lent:
-            module.input0 = input
+            module.__dict__["input0"] = input  # setattr() makes a parameter of the module of one that is its input
         try:
             hook(module)
         finally:
             if lent:
                 module.__dict__.pop("input0", None)
-    if stores_io and not CTX.get_retain_graph():
+    if stores_io and not current().retain_graph:
         memory_cleanup(module)
 
 
@@ -787,3 +787,8 @@ def memory_cleanup(module: nn.Module) -> None:
 def is_stored(name: str) -> bool:
     """Whether an attribute of this name holds a module's input or output."""
     return name == "output" or (name.startswith("input") and name[len("input") :].isdigit())
+
+
+def is_taken(module: nn.Module, name: str) -> bool:
+    """Whether a module has a child, parameter or buffer of this name."""
+    return name in module._modules or name in module._parameters or name in module._buffers

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from backpack_cuda.utils.hooks import no_op
+
 _KEY = "backpack_cuda"
 _get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 
@@ -63,10 +65,6 @@ def _with(**changes) -> Iterator[None]:
         yield
     finally:
         _set(_KEY, outer)
-
-
-def no_op(*args, **kwargs) -> None:
-    """Does nothing."""
 
 
 class CTX:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from backpack_cuda import layers
 from backpack_cuda.authored import keeps_tensors
-from backpack_cuda.capture import IO_FLAG, module_done
-from backpack_cuda.context import is_authoring, is_disabled, is_sweeping
-from backpack_cuda.custom_module.branching import Parallel, _Branch
-from backpack_cuda.custom_module.reduce_tuple import ReduceTuple
+from backpack_cuda.capture import IO_FLAG, is_taken, memory_cleanup, module_done
+from backpack_cuda.context import current, is_authoring, is_disabled, is_sweeping
 from backpack_cuda.module_calls import enter, is_exit, leave, run_kept
 from backpack_cuda.rules import forward_for
-from backpack_cuda.rules.generic import owned_parameters
+from backpack_cuda.rules.generic import generic_forward, owned_parameters
 from backpack_cuda.rules.loss import LossFunction, loss_forward
+from backpack_cuda.utils.module_classification import is_no_op
 
 _ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters
-_CONTAINERS = (nn.Sequential, GraphModule, Parallel, _Branch, ReduceTuple)  # no extension hook is called for these
 _OWN_LAYERS = tuple(getattr(layers, name) for name in layers.__all__)
 
 
@@ -35,17 +34,17 @@ class ExtendedForward:
     def __init__(self, module: nn.Module, previous=None):
         self._module = weakref.ref(module)
         self._previous = previous  # a forward that somebody had put on this instance
-        self._rule = forward_for(module)
+        self.rule = forward_for(module)
 
     def __call__(self, *args, **kwargs):
         module = self._module()
         # partial(): torch.compile of torch 2.11 does not trace a bound method that is made here.
         stock = self._previous or functools.partial(type(module).forward, module)
         if keeps_tensors(module):
-            if self._rule is not loss_forward:
-                return run_kept(module, functools.partial(self._rule, module, stock), *args, **kwargs)
+            if self.rule is not loss_forward:
+                return run_kept(module, functools.partial(self.rule, module, stock), *args, **kwargs)
             stock = functools.partial(run_kept, module, stock)  # the columns start at the prediction itself
-        return self._rule(module, stock, *args, **kwargs)
+        return self.rule(module, stock, *args, **kwargs)
 
     def __reduce__(self):
         return _restore, (self._module(), self._previous)
@@ -68,7 +67,8 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
         use_converter: accepted for BackPACK's programs; no conversion is needed, and the module itself is returned
             (`convert_module_to_backpack` says why).
         store_io: store each module's inputs and output as attributes `input0`, ..., `output` from forward to the end of
-            the module's backward, as BackPACK does. Keeps the activations alive.
+            the module's backward, as BackPACK does. Keeps the activations alive; deepcopy of a model that holds some
+            needs `memory_cleanup` first.
 
     Returns:
         The same module.
@@ -91,15 +91,20 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
         pass
     elif owned_parameters(module) or forward_for(module) is loss_forward:
         module.forward = ExtendedForward(module, forward)
-    announced = not owned_parameters(module) and not isinstance(module, _CONTAINERS)
-    if announced and _announce not in module._forward_hooks.values():
-        module.register_forward_hook(_announce)
+    if is_no_op(module):
+        return module  # nothing is stored and no hook is called for these
     has_forward = isinstance(module.__dict__.get("forward"), ExtendedForward)
-    if not has_forward and not isinstance(module, _CONTAINERS) and _leave not in module._forward_hooks.values():
+    hooks = module._forward_hooks.values()
+    if not owned_parameters(module):
+        if _announce not in hooks:
+            module.register_forward_hook(_announce)
+    elif has_forward and module.forward.rule is generic_forward and _announce_frozen not in hooks:
+        module.register_forward_hook(_announce_frozen)
+    if not has_forward and _leave not in hooks:
         module.register_forward_pre_hook(_enter)
         module.register_forward_hook(_leave, with_kwargs=True)
-    if store_io and _store_io not in module._forward_hooks.values():
-        module.register_forward_hook(_store_io)
+    if store_io and _store_io not in hooks:
+        module.register_forward_hook(_store_io, with_kwargs=True)
     return module
 
 
@@ -117,7 +122,8 @@ def _announce(module: nn.Module, inputs: tuple, output) -> None:
     """Forward hook of modules without parameters: their extension hook runs when the backward pass reaches them."""
     if torch.compiler.is_compiling() or is_disabled():
         return
-    node = output.grad_fn if isinstance(output, Tensor) else None  # a tracer's stand-in has everything one asks for
+    first = _first(output)
+    node = None if first is None else first.grad_fn
     if isinstance(node, LossFunction._backward_cls) and is_exit(node.next_functions[0][0]):
         node = node.next_functions[0][0].next_functions[0][0]  # what was computed between a kept call's ends
     if node is not None:
@@ -125,6 +131,19 @@ def _announce(module: nn.Module, inputs: tuple, output) -> None:
         if announcement is None:
             announcement = module.__dict__[_ANNOUNCEMENT] = _Announcement(module)
         node.register_prehook(announcement)
+
+
+def _announce_frozen(module: nn.Module, inputs: tuple, output) -> None:
+    """The same of modules whose parameters need no gradients; of others the observer calls the hook."""
+    if not any(parameter.requires_grad for parameter in owned_parameters(module).values()):
+        _announce(module, inputs, output)
+
+
+def _first(output) -> Tensor | None:
+    """A module's output, or the first of its outputs; None for what is no tensor, such as a tracer's stand-in."""
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
 
 
 class _Announcement:
@@ -142,13 +161,55 @@ class _Announcement:
             module_done(module)
 
 
-def _store_io(module: nn.Module, inputs: tuple, output) -> None:
-    """Forward hook of modules extended with `store_io=True`."""
+def _store_io(module: nn.Module, inputs: tuple, kwargs: dict, output) -> None:
+    """Forward hook of modules extended with `store_io=True`; for calls that a backward pass can reach."""
+    if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
+        names = list(inspect.signature(type(module).forward).parameters)[1:] if kwargs else []
+        hook_store_io(module, inputs, output)
+        _store(module, {f"input{names.index(name)}": value for name, value in kwargs.items() if name in names})
+
+
+def hook_store_io(module: nn.Module, input: tuple, output) -> None:
+    """Stores a call's tensors as attributes of its module: `input0`, ..., `output`. BackPACK's forward hook.
+
+    For `module.register_forward_hook`; `extend(module, store_io=True)` does the same, and deletes them when the
+    backward pass has been there. Nothing is stored without a graph, inside `disable()` and under a compiler, nor under a name
+    that a child, parameter or buffer of the module has.
+
+    Args:
+        module: the module that was called.
+        input: its positional inputs.
+        output: what it returned; of a tuple the first element is stored.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_disabled():
         return
-    for position, value in enumerate(inputs):
-        setattr(module, f"input{position}", value)
-    if isinstance(output, Tensor):
-        module.output = output
-    elif isinstance(output, tuple) and output and isinstance(output[0], Tensor):
-        module.output = output[0]
+    tensors = {f"input{position}": value for position, value in enumerate(input)}
+    first = _first(output)
+    _store(module, tensors if first is None else {**tensors, "output": first})
+
+
+def _store(module: nn.Module, attributes: dict) -> None:
+    # Not setattr(), which makes a parameter of the module of one that is its input.
+    module.__dict__.update({name: value for name, value in attributes.items() if not is_taken(module, name)})
+
+
+def hook_run_extensions(module: nn.Module, g_inp: tuple, g_out: tuple) -> None:
+    """What is left to do for BackPACK's backward hook: deletes what `hook_store_io` stored.
+
+    Quantities are formed, and extension hooks called, from the graph of an extended module's forward pass, and need no
+    hook of this kind.
+
+    Args:
+        module: the module that the backward pass has been through.
+        g_inp, g_out: the gradients at its inputs and outputs.
+
+    Raises:
+        RuntimeError: quantities are active, and the module is not extended, so that nothing forms them.
+    """
+    if current().extensions and "_backpack_extend" not in module.__dict__:
+        raise RuntimeError(
+            f"{type(module).__name__}: a backward hook alone forms no quantities; call extend(module) before the "
+            "forward pass"
+        )
+    if not current().retain_graph:
+        memory_cleanup(module)

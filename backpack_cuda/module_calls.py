@@ -21,6 +21,7 @@ from backpack_cuda.capture import (
     Pass,
     capturing,
     in_operand_types,
+    is_taken,
     reached,
     register,
     run_hook,
@@ -124,7 +125,7 @@ class ModuleCall:
         if IO_FLAG not in module.__dict__:
             # Without their graph, which knows the module: it would never be freed without a backward pass.
             stored = {name: value.detach() if _has_graph(value) else value for name, value in self._tensors.items()}
-            module.__dict__.update({name: value for name, value in stored.items() if not _is_taken(module, name)})
+            module.__dict__.update({name: value for name, value in stored.items() if not is_taken(module, name)})
 
     # ---- backward ----
 
@@ -175,7 +176,7 @@ class ModuleCall:
                     f"{', '.join(self._keywords)}; extensions see the positional ones only, as input0, input1, ...: "
                     "pass them by position"
                 )
-            taken = [name for name in self._tensors if _is_taken(module, name)]
+            taken = [name for name in self._tensors if is_taken(module, name)]
             if taken:
                 raise NotImplementedError(
                     f"{ext}: {type(module).__name__} has an attribute {taken[0]} of its own, where extensions expect a "
@@ -218,7 +219,7 @@ class ModuleCall:
     def _attached(self, module: nn.Module) -> Iterator[None]:
         """The call's tensors as attributes of its module; those that were changed in place are left out."""
         before = {name: module.__dict__[name] for name in self._tensors if name in module.__dict__}
-        own = {name: value for name, value in self._tensors.items() if not _is_taken(module, name)}
+        own = {name: value for name, value in self._tensors.items() if not is_taken(module, name)}
         for name, value in own.items():
             if self._is_changed(name):
                 module.__dict__.pop(name, None)
@@ -255,7 +256,7 @@ class ModuleCall:
             return
         if module is not None and IO_FLAG not in module.__dict__:
             for name in self._tensors:
-                if not _is_taken(module, name):
+                if not is_taken(module, name):
                     module.__dict__.pop(name, None)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._tensors = dict.fromkeys(self._tensors)
@@ -267,11 +268,6 @@ def _is_plain(value) -> bool:
 
 def _has_graph(value) -> bool:
     return isinstance(value, Tensor) and value.grad_fn is not None
-
-
-def _is_taken(module: nn.Module, name: str) -> bool:
-    """Whether a module has a child, parameter or buffer of this name."""
-    return name in module._modules or name in module._parameters or name in module._buffers
 
 
 def _placed(tensors: Sequence, positions: Sequence[int], count: int) -> tuple:

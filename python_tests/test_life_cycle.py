@@ -3,6 +3,8 @@
 import copy
 import ctypes
 import gc
+import io
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,11 +17,25 @@ from curvature_oracle import curvature
 from curvature_tools import assert_exact_ggn, backward
 from helpers import assert_close, named, some, subprocess_environment
 from model_cases import MODELS, all_extensions, assert_no_quantities, assert_quantities
+from oracle import model_statistics
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
-from backpack_cuda import CTX, BackpropExtension, backpack, capture, disable, extend, extensions, memory_cleanup
+from backpack_cuda import (
+    CTX,
+    BackpropExtension,
+    backpack,
+    capture,
+    disable,
+    extend,
+    extensions,
+    hook_run_extensions,
+    hook_store_io,
+    memory_cleanup,
+)
+from backpack_cuda.capture import is_stored
 from backpack_cuda.extensions import (
     KFLR,
     BatchGrad,
@@ -660,3 +676,251 @@ def test_memory_of_models_that_are_dropped(device):
         gc.collect()
         assert all(reference() is None for reference in references)
     assert not capture._nodes and not capture.Pass._of_task
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attributes of modules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stored(model: nn.Module) -> dict[str, set[str]]:
+    """By the module's name the attributes that hold its inputs and outputs."""
+    found = {name: {key for key in vars(module) if is_stored(key)} for name, module in model.named_modules()}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+class Tuples(nn.Module):
+    """Outputs that are tuples, with and without parameters; a child called `output`; a frozen layer in the middle."""
+
+    def __init__(self):
+        super().__init__()
+        self.recurrent = nn.LSTM(3, 4, batch_first=True)
+        self.pool = nn.MaxPool1d(2, return_indices=True)
+        self.norm = nn.LayerNorm(2).requires_grad_(False)
+        self.frozen = nn.Linear(2, 2).requires_grad_(False)
+        self.output = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.frozen(self.norm(self.pool(self.recurrent(input=x)[0])[0])))
+
+
+def test_store_io_is_complete_and_freed(device):
+    """Every call that a backward pass reaches; not over a child of that name; nothing left afterwards."""
+    model, x = extend(Tuples(), store_io=True).to(device), torch.randn(2, 3, 3, device=device)
+    keys = list(model.state_dict())
+    both = {"input0", "output"}
+    for exts in ([], [BatchGrad()]):
+        with backpack(*exts):
+            loss = model(x).sum()
+            children = ("recurrent", "pool", "norm", "frozen", "output")
+            assert stored(model) == dict.fromkeys(children, both) | {"": {"input0"}}
+            assert model.recurrent.input0 is x and model.pool.input0 is model.recurrent.output
+            loss.backward()
+            assert not stored(model)
+    assert isinstance(model.output, nn.Linear) and list(model.state_dict()) == keys
+    model.requires_grad_(False)
+    model(x)
+    assert not stored(model)
+
+
+def test_store_io_and_retain_graph(device):
+    """As in BackPACK: kept by `backpack(..., retain_graph=True)`, dropped by `memory_cleanup`; quantities need none."""
+    inputs, targets = (t.to(device) for t in PLAIN.data())
+    model = extend(PLAIN.stock().to(device), store_io=True)
+    loss = PLAIN.loss(model(inputs), targets)
+    with backpack(BatchGrad(), retain_graph=True):
+        loss.backward(retain_graph=True)
+    assert "0" in stored(model)
+    loss.backward(retain_graph=True)  # outside of any context
+    assert not stored(model)
+    model.zero_grad()
+    with backpack(*all_extensions()):
+        loss.backward()
+    assert_quantities(model, PLAIN.expected(*PLAIN.data()))
+    PLAIN.loss(model(inputs), targets)
+    for module in model.modules():
+        memory_cleanup(module)
+    assert not stored(model)
+
+
+def test_an_input_that_is_a_parameter(device):
+    """It does not become a parameter of the module, neither in the hook nor where inputs are stored."""
+    image = nn.Parameter(torch.randn(4, 3, device=device))
+    for store_io in (False, True):
+        model = extend(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), store_io=store_io).to(device)
+        keys, seen = list(model.state_dict()), []
+        with backpack(BatchGrad(), extension_hook=lambda m, seen=seen: seen.append(m.input0.shape)):
+            model(image).sum().backward()
+        assert seen == [(4, 2), (4, 3)] and list(model.state_dict()) == keys
+        assert model[0].weight.grad_batch.shape == (4, 2, 3)
+
+
+def test_the_hook_of_frozen_modules(device):
+    """Every module that gradients pass has its hook called once."""
+    model = extend(Tuples()).to(device)
+    seen = []
+    with backpack(BatchGrad(), extension_hook=seen.append):
+        model(torch.randn(2, 3, 3, device=device)).sum().backward()
+    assert seen.count(model.norm) == seen.count(model.frozen) == seen.count(model.pool) == 1
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(3, 2), lambda: nn.LayerNorm(3), lambda: nn.Conv1d(3, 2, 1)])
+def test_keyword_inputs(build, device):
+    """Quantities, and `input0` in the hook, as for positional ones."""
+    module = extend(build()).to(device)
+    x = torch.randn((4, 3, 5) if isinstance(module, nn.Conv1d) else (4, 3), device=device)
+    results = []
+    for call in (lambda: module(x), lambda: module(input=x)):
+        seen = []
+        with backpack(BatchGrad(), extension_hook=lambda m, seen=seen: seen.append(m.input0)):
+            call().square().sum().backward()
+        assert len(seen) == 1 and torch.equal(seen[0], x)
+        results.append(module.weight.grad_batch)
+    assert torch.equal(*results)
+
+
+def test_backpacks_hooks(device):
+    """`hook_store_io` and `hook_run_extensions`, registered by hand."""
+    module, x = nn.Linear(3, 2).to(device), torch.randn(4, 3, device=device, requires_grad=True)
+    module.register_forward_hook(hook_store_io)
+    with torch.no_grad():
+        module(x)
+    with disable():
+        module(x)
+    assert not stored(module)
+    output = module(x)
+    assert module.input0 is x and torch.equal(module.output, output)
+    module.register_full_backward_hook(hook_run_extensions)
+    module(x).sum().backward()
+    assert not stored(module)
+    with backpack(BatchGrad()), pytest.raises(RuntimeError, match=r"extend\(module\)"):
+        module(x).sum().backward()
+    with backpack(BatchGrad()):
+        extend(module)(x).sum().backward()
+    assert module.weight.grad_batch.shape == (4, 2, 3) and not stored(module)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Copies, and changes after `extend`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pickled(thing):
+    return pickle.loads(pickle.dumps(thing))
+
+
+def saved_and_loaded(thing):
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@named("copied", {"deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved_and_loaded})
+@pytest.mark.parametrize("moment", ["graph alive", "after backward", "after create_graph"])
+def test_copies_in_the_middle(copied, moment, device):
+    """The copy works by itself, extended again or not; the original goes on."""
+    inputs, targets = (t.to(device) for t in PLAIN.data())
+    expected = PLAIN.expected(*PLAIN.data())
+    curved = curvature(PLAIN.stock(), lambda f: PLAIN.loss(f, targets.cpu()), inputs.cpu())
+    model, loss = PLAIN.prepared().to(device), extend(copy.deepcopy(PLAIN.loss))
+    exts = [*all_extensions(), DiagGGNExact(), KFLR()]
+    copies = []
+    with backpack(*exts):
+        value = loss(model(inputs), targets)
+        if moment == "graph alive":
+            copies.append(copied(model))
+        if moment == "after create_graph":
+            torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+            value = loss(model(inputs), targets)
+        else:
+            value.backward()
+    copies.append(copied(model))
+    for other in (copies[0], copies[-1], extend(copied(copies[-1]))):
+        other.zero_grad()
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
+        with backpack(*exts):
+            copied(loss)(other(inputs), targets).backward()
+        assert_quantities(other, expected)
+        assert_exact_ggn(other, curved, fields=["diag_ggn_exact"])
+    model.zero_grad()
+    with backpack(*exts):
+        loss(model(inputs), targets).backward()
+    assert_quantities(model, expected)
+
+
+def test_pickled_results(device):
+    """pickle keeps the attributes of parameters, deepcopy does not: torch's rules, with ours on them."""
+    model, loss = small_model(device)
+    run_steps(model, loss, [BatchGrad(), KFLR()], 1)
+    assert torch.equal(pickled(model)[0].weight.grad_batch, model[0].weight.grad_batch)
+    assert not hasattr(copy.deepcopy(model)[0].weight, "grad_batch")
+
+
+class Scaled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.sin() * 2
+
+
+def test_parametrised_after_extend(device):
+    """A layer whose weight is computed from another parameter from now on."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    inputs, targets = torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    extend(model)
+    parametrize.register_parametrization(model[0], "weight", Scaled())
+    stock = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    parametrize.register_parametrization(stock[0], "weight", Scaled())
+    stock.load_state_dict(model.state_dict())
+    expected = model_statistics(stock, nn.MSELoss(), inputs, targets)
+    curved = curvature(stock, lambda f: nn.functional.mse_loss(f, targets), inputs)
+    for _ in range(2):
+        model.to(device).zero_grad()
+        backward(model, nn.MSELoss(), inputs.to(device), targets.to(device), *all_extensions(), DiagGGNExact())
+        assert_quantities(model, expected)
+        assert_exact_ggn(model, curved, fields=["diag_ggn_exact"])
+    parametrize.remove_parametrizations(model[0], "weight")
+    stock = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    stock.load_state_dict(model.state_dict())
+    model.zero_grad()
+    with backpack(*all_extensions()):
+        nn.functional.mse_loss(model(inputs.to(device)), targets.to(device)).backward()
+    assert_quantities(model, model_statistics(stock, nn.MSELoss(), inputs, targets))
+
+
+def test_a_module_replaced_after_extend(device):
+    """Without results until it is extended; the others have theirs."""
+    model, loss = small_model(device)
+    model[0] = nn.Linear(3, 3).to(device)
+    run_steps(model, loss, [BatchGrad(), DiagGGNExact()], 1)
+    assert not hasattr(model[0].weight, "grad_batch") and not hasattr(model[0].weight, "diag_ggn_exact")
+    assert hasattr(model[2].weight, "grad_batch") and hasattr(model[2].weight, "diag_ggn_exact")
+    extend(model)
+    run_steps(model, loss, [BatchGrad(), DiagGGNExact()], 1)
+    assert hasattr(model[0].weight, "grad_batch") and hasattr(model[0].weight, "diag_ggn_exact")
+
+
+def test_a_model_that_changes_its_type(device):
+    """Results have the type of the parameters at the forward pass, whatever was there before."""
+    model, loss = small_model(device)
+    x, y = (t.to(device) for t in BATCHES[0])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float32):
+        model.to(dtype)
+        with backpack(BatchGrad(), DiagGGNExact()):
+            loss(model(x.to(dtype)), y.to(dtype)).backward()
+        for parameter in model.parameters():
+            assert parameter.grad_batch.dtype == parameter.dtype == dtype
+
+
+def test_loading_a_state_in_the_middle(device):
+    """New values take effect at the next forward pass; results stay until they are overwritten."""
+    model, inputs, targets, expected = prepared(PLAIN, device)
+    state = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    original = copy.deepcopy(model.state_dict())
+    model.load_state_dict(state)
+    with backpack(*all_extensions()):
+        PLAIN.loss(model(inputs), targets).backward()
+    model.load_state_dict(original)
+    model.zero_grad()
+    with backpack(*all_extensions()):
+        PLAIN.loss(model(inputs), targets).backward()
+    assert_quantities(model, expected)
