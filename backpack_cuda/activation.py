@@ -5,7 +5,7 @@ from numbers import Integral
 
 from torch import nn
 
-from backpack_cuda.context import State, enter, leave
+from backpack_cuda.context import enter, leave
 from backpack_cuda.extensions import BackpropExtension
 
 
@@ -52,10 +52,10 @@ class backpack:
                 raise TypeError(f"memory_budget: expected an int, a number of bytes, or None, got {memory_budget!r}")
             if memory_budget < 1:
                 raise ValueError(f"memory_budget: expected at least 1 byte, got {memory_budget}")
-        self._state = State(exts, debug, extension_hook, retain_graph, memory_budget)
+        self._wanted = (exts, debug, extension_hook, retain_graph, memory_budget)
 
     def __enter__(self) -> None:
-        enter(self._state)
+        enter(*self._wanted)
 
     def __exit__(self, *exception) -> None:
         leave()

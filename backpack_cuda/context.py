@@ -4,7 +4,12 @@ The state lies where torch keeps its own modes, so that a backward pass sees the
 backward(), in whichever threads the engine runs it.
 """
 
+import atexit
 import contextlib
+import sys
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -18,9 +23,32 @@ _KEY = "backpack_cuda"
 _get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 
 
+class _Owner:
+    """Lives as long as the states of one thread."""
+
+    def __init__(self):
+        self.thread = threading.get_ident()
+        _owners.add(self)
+
+
+_owners: "weakref.WeakSet[_Owner]" = weakref.WeakSet()
+
+
+@atexit.register
+def _await_ended_threads() -> None:
+    """torch drops a thread's states when the system ends the thread, a moment after Python has.
+
+    That takes Python's lock, which aborts the process once the interpreter has begun to end.
+    """
+    deadline = time.monotonic() + 1.0
+    while any(owner.thread not in sys._current_frames() for owner in list(_owners)) and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
 class State(NamedTuple):
     """What one thread's passes shall do."""
 
+    owner: _Owner | None = None
     extensions: tuple = ()
     debug: bool = False
     extension_hook: Callable[[nn.Module], None] | None = None
@@ -33,28 +61,40 @@ class State(NamedTuple):
     outer: "State | None" = None  # of the `with backpack(...)` around this one
 
 
-_NOTHING = State()
-_WANTED = ("extensions", "debug", "extension_hook", "retain_graph", "memory_budget")  # of a `with backpack(...)`
-
-
 def current() -> State:
     """The state that holds for what this thread does now."""
     try:
         return _get(_KEY)
     except RuntimeError:  # the first time in this thread
-        _set(_KEY, _NOTHING)
-        return _NOTHING
+        state = State(_Owner())
+        _set(_KEY, state)
+        return state
 
 
-def enter(wanted: State) -> None:
+def enter(
+    extensions: tuple,
+    debug: bool,
+    extension_hook: Callable[[nn.Module], None] | None,
+    retain_graph: bool,
+    memory_budget: int | None,
+) -> None:
     """Replaces what quantities are active, until `leave()`."""
     outer = current()
-    _set(_KEY, outer._replace(**{name: getattr(wanted, name) for name in _WANTED}, outer=outer))
+    inner = outer._replace(
+        extensions=extensions,
+        debug=debug,
+        extension_hook=extension_hook,
+        retain_graph=retain_graph,
+        memory_budget=memory_budget,
+        outer=outer,
+    )
+    _set(_KEY, inner)
 
 
 def leave() -> None:
     """Back to the state before the last `enter()`."""
-    _set(_KEY, current().outer or _NOTHING)
+    state = current()
+    _set(_KEY, state.outer or State(state.owner))
 
 
 @contextlib.contextmanager

@@ -173,8 +173,8 @@ def hook_store_io(module: nn.Module, input: tuple, output) -> None:
     """Stores a call's tensors as attributes of its module: `input0`, ..., `output`. BackPACK's forward hook.
 
     For `module.register_forward_hook`; `extend(module, store_io=True)` does the same, and deletes them when the
-    backward pass has been there. Nothing is stored without a graph, inside `disable()` and under a compiler, nor under a name
-    that a child, parameter or buffer of the module has.
+    backward pass has been there. Nothing is stored without a graph, inside `disable()` and under a compiler, nor under
+    a name that a child, parameter or buffer of the module has.
 
     Args:
         module: the module that was called.
