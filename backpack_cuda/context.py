@@ -17,8 +17,6 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from backpack_cuda.utils.hooks import no_op
-
 _KEY = "backpack_cuda"
 _get, _set = torch._C._get_obj_in_tls, torch._C._stash_obj_in_tls
 
@@ -105,6 +103,10 @@ def _with(**changes) -> Iterator[None]:
         yield
     finally:
         _set(_KEY, outer)
+
+
+def no_op(*args, **kwargs) -> None:
+    """Takes anything and does nothing."""
 
 
 class CTX:
