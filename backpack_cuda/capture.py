@@ -766,14 +766,17 @@ def run_hook(module: nn.Module, input: Tensor | None = None) -> None:
     hook = current().extension_hook
     stores_io = IO_FLAG in module.__dict__
     if hook is not None:
-        lent = input is not None and "input0" not in module.__dict__ and not is_taken(module, "input0")
+        lent = input is not None and not is_taken(module, "input0")
+        stored = module.__dict__.get("input0")
         if lent:
             module.__dict__["input0"] = input  # setattr() makes a parameter of the module of one that is its input
         try:
             hook(module)
         finally:
-            if lent:
+            if lent and stored is None:
                 module.__dict__.pop("input0", None)
+            elif lent:
+                module.__dict__["input0"] = stored
     if stores_io and not current().retain_graph:
         memory_cleanup(module)
 
@@ -792,3 +795,15 @@ def is_stored(name: str) -> bool:
 def is_taken(module: nn.Module, name: str) -> bool:
     """Whether a module has a child, parameter or buffer of this name."""
     return name in module._modules or name in module._parameters or name in module._buffers
+
+
+def store(module: nn.Module, attributes: dict[str, object]) -> None:
+    """Attributes of a module, which may be tensors or not; none in the place of a child, parameter or buffer.
+
+    Without their graph, which knows the module: it would not be freed without a backward pass.
+    """
+    for name, value in attributes.items():
+        if not is_taken(module, name):
+            has_graph = isinstance(value, Tensor) and value.grad_fn is not None
+            # Not setattr(), as in run_hook().
+            module.__dict__[name] = value.detach() if has_graph else value

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from backpack_cuda import layers
 from backpack_cuda.authored import keeps_tensors
-from backpack_cuda.capture import IO_FLAG, is_taken, memory_cleanup, module_done
+from backpack_cuda.capture import IO_FLAG, memory_cleanup, module_done, store
 from backpack_cuda.context import current, is_authoring, is_disabled, is_sweeping
 from backpack_cuda.module_calls import enter, is_exit, leave, run_kept
 from backpack_cuda.rules import forward_for
@@ -67,8 +67,7 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
         use_converter: accepted for BackPACK's programs; no conversion is needed, and the module itself is returned
             (`convert_module_to_backpack` says why).
         store_io: store each module's inputs and output as attributes `input0`, ..., `output` from forward to the end of
-            the module's backward, as BackPACK does. Keeps the activations alive; deepcopy of a model that holds some
-            needs `memory_cleanup` first.
+            the module's backward, as BackPACK does; detached from the graph. Keeps the activations alive.
 
     Returns:
         The same module.
@@ -166,11 +165,11 @@ def _store_io(module: nn.Module, inputs: tuple, kwargs: dict, output) -> None:
     if any(isinstance(value, Tensor) and value.requires_grad for value in tree_leaves(output)):
         names = list(inspect.signature(type(module).forward).parameters)[1:] if kwargs else []
         hook_store_io(module, inputs, output)
-        _store(module, {f"input{names.index(name)}": value for name, value in kwargs.items() if name in names})
+        store(module, {f"input{names.index(name)}": value for name, value in kwargs.items() if name in names})
 
 
 def hook_store_io(module: nn.Module, input: tuple, output) -> None:
-    """Stores a call's tensors as attributes of its module: `input0`, ..., `output`. BackPACK's forward hook.
+    """Stores a call's tensors, detached, as attributes of its module: `input0`, ..., `output`. BackPACK's forward hook.
 
     For `module.register_forward_hook`; `extend(module, store_io=True)` does the same, and deletes them when the
     backward pass has been there. Nothing is stored without a graph, inside `disable()` and under a compiler, nor under
@@ -185,12 +184,7 @@ def hook_store_io(module: nn.Module, input: tuple, output) -> None:
         return
     tensors = {f"input{position}": value for position, value in enumerate(input)}
     first = _first(output)
-    _store(module, tensors if first is None else {**tensors, "output": first})
-
-
-def _store(module: nn.Module, attributes: dict) -> None:
-    # Not setattr(), which makes a parameter of the module of one that is its input.
-    module.__dict__.update({name: value for name, value in attributes.items() if not is_taken(module, name)})
+    store(module, tensors if first is None else {**tensors, "output": first})
 
 
 def hook_run_extensions(module: nn.Module, g_inp: tuple, g_out: tuple) -> None:

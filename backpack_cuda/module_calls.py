@@ -25,6 +25,7 @@ from backpack_cuda.capture import (
     reached,
     register,
     run_hook,
+    store,
 )
 from backpack_cuda.context import authoring, current, is_authoring, is_sweeping
 from backpack_cuda.extensions.module_extension import ModuleExtension
@@ -123,9 +124,7 @@ class ModuleCall:
         self._output_place = _place(outputs[0]) if isinstance(outputs[0], Tensor) else None
         module = self._module()
         if IO_FLAG not in module.__dict__:
-            # Without their graph, which knows the module: it would never be freed without a backward pass.
-            stored = {name: value.detach() if _has_graph(value) else value for name, value in self._tensors.items()}
-            module.__dict__.update({name: value for name, value in stored.items() if not is_taken(module, name)})
+            store(module, self._tensors)
 
     # ---- backward ----
 
@@ -264,10 +263,6 @@ class ModuleCall:
 
 def _is_plain(value) -> bool:
     return isinstance(value, Tensor) and not value.is_inference()
-
-
-def _has_graph(value) -> bool:
-    return isinstance(value, Tensor) and value.grad_fn is not None
 
 
 def _placed(tensors: Sequence, positions: Sequence[int], count: int) -> tuple:
