@@ -431,6 +431,56 @@ def test_functions_that_torch_differentiates_once():
         run(case.stock(), nn.CrossEntropyLoss(), inputs, targets, HMP())
 
 
+def test_weight_norm():
+    """torch's double backward of it leaves out terms: gradgradcheck fails."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    inputs, targets = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
+    stock, loss = copy.deepcopy(model), of_targets(nn.CrossEntropyLoss(), targets)
+    run(model, nn.CrossEntropyLoss(), inputs, targets, GGNMP())
+    assert_products(model, "ggnmp", ggn_products(stock, loss, inputs))
+    with pytest.raises(NotImplementedError, match="weight normalisation are wrong"):
+        run(model, nn.CrossEntropyLoss(), inputs, targets, HMP())
+    v = torch.rand(3, 2, dtype=torch.float64, requires_grad=True)
+    g = torch.rand(3, 1, dtype=torch.float64, requires_grad=True)
+    assert not torch.autograd.gradgradcheck(torch._weight_norm, (v, g), raise_exception=False)  # else allow it
+
+
+def test_embedding_bag():
+    case = MODELS["embedding bag"]
+    model, (inputs, targets) = case.stock(), case.data()
+    with pytest.raises(NotImplementedError, match="backward pass of _embedding_bag; replace it .* or freeze"):
+        run(model, nn.CrossEntropyLoss(), inputs, targets, HMP())
+    model[0].weight.requires_grad_(False)
+    stock, loss = copy.deepcopy(model), of_targets(nn.CrossEntropyLoss(), targets)
+    run(model, nn.CrossEntropyLoss(), inputs, targets, HMP())
+    assert_products(model, "hmp", hessian_products(stock, loss, inputs))
+
+
+@named("build", {"sigmoid": nn.Sigmoid, "relu": lambda: nn.ReLU(inplace=True), "elu": lambda: nn.ELU(inplace=True)})
+def test_changes_in_place(build: Callable):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.out = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+            self.activation = build()
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.activation(self.first(x))
+            y = self.second(x)
+            y += x
+            y[:, :2] *= 2.0
+            return self.out(y.tanh_())
+
+    torch.manual_seed(0)
+    model = Model().double()
+    inputs, targets = torch.randn(5, 4, dtype=torch.float64), torch.randint(3, (5,))
+    stock, loss = copy.deepcopy(model), of_targets(nn.CrossEntropyLoss(), targets)
+    run(model, nn.CrossEntropyLoss(), inputs, targets, HMP(), GGNMP())
+    assert_products(model, "hmp", hessian_products(stock, loss, inputs))
+    assert_products(model, "ggnmp", ggn_products(stock, loss, inputs))
+
+
 # ---- life
 
 

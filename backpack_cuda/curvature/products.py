@@ -213,6 +213,7 @@ class _Graph:
         self.nodes: list[Node] = []  # of all layers and observers
         self.layers: dict[Node, dict[str, nn.Parameter]] = {}  # with their parameters that are asked for
         self.batch_norms: list[Node] = []
+        self.has_weight_norm = False
         outside: set[int] = set()  # ids of the leaves that are reached from outside of layers with a rule
         self._walk(root, outside)
         uses: dict[int, int] = {}
@@ -254,6 +255,8 @@ class _Graph:
                     "torch.utils.checkpoint with use_reentrant=True hides its layers from the graph: curvature "
                     "products need use_reentrant=False"
                 )
+            elif "WeightNormInterface" in node.name():
+                self.has_weight_norm = True
             elif "BatchNorm" in node.name():
                 self.batch_norms.append(node)
             stack.extend(operand for operand, _ in following)
@@ -565,6 +568,11 @@ def form_products(
     try:
         if of_hessian:
             graph = _Graph(loss.node)
+            if graph.has_weight_norm:
+                raise NotImplementedError(
+                    f"{of_hessian[0]}: torch's second derivatives of weight normalisation are wrong; parametrise the "
+                    "weight by g * v / v.norm() in operations of your own, or freeze its parameters. GGNMP allows it"
+                )
             with graph.marked(prediction):
                 maps = _apart_if_possible(partial(_hessian_maps, loss, grad_output, graph), attached)
             for ext in of_hessian:
@@ -636,7 +644,7 @@ def _raise_readable(ext: ProductExtension, error: RuntimeError) -> None:
     found = _NOT_TWICE.search(str(error))
     if found is None:
         raise error
-    name = found.group(1) or "an autograd function marked as once_differentiable"
+    name = (found.group(1) or "an autograd function marked as once_differentiable").removesuffix("_backward")
     if "attention" in name:
         way = "run the forward pass inside torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
     elif "cudnn" in name:
@@ -644,5 +652,5 @@ def _raise_readable(ext: ProductExtension, error: RuntimeError) -> None:
     elif "mkldnn" in name:
         way = "run the forward pass inside torch.backends.mkldnn.flags(enabled=False)"
     else:
-        way = "replace it by operations that can be"
+        way = "replace it by operations that can be, or freeze the parameters that it depends on"
     raise NotImplementedError(f"{ext}: torch cannot differentiate the backward pass of {name}; {way}") from error
