@@ -17,7 +17,7 @@ from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.points import Graph, Point
 from backpack_cuda.curvature.residuals import _check_batch, _mixed, _readable, residual_sources
-from backpack_cuda.curvature.steps import Budget, Step, step_to, to_save
+from backpack_cuda.curvature.steps import Budget, Step, saved_for_step, step_to
 from backpack_cuda.curvature.sweep import LayerCall, Sweep, _errors_for_users, _free_memory
 from backpack_cuda.extensions.averaged import HBP
 from backpack_cuda.extensions.curvature import Curvature
@@ -57,9 +57,7 @@ class AveragedSweep(Sweep):
         with self._marked():
             plan = self._plan()
             self._check_memory(plan)
-            self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
-            read = {id(point): to_save(point) for point in plan.points if point.children}
-            saved = in_own_pass(lambda: {key: form() for key, form in read.items() if form is not None})
+            self.saved, saved = in_own_pass(lambda: self._read(plan))
             groups: dict[tuple, list[HBP]] = {}
             for ext in self.extensions:
                 groups.setdefault((ext.root, ext.curv_type), []).append(ext)
@@ -79,6 +77,17 @@ class AveragedSweep(Sweep):
                     f"{self.extensions[0]}: {type(layer.module).__name__}.{name} is used {len(uses)} times in the "
                     "forward pass, at different tensors with averaged matrices of their own; KFLR and KFAC allow it"
                 )
+
+    def _read(self, plan: _Plan) -> tuple[dict[int, tuple], dict[int, tuple]]:
+        """What the graph has saved for the layers' uses, and for the steps below points; each node is read once."""
+        of_layers = {id(layer): layer.node.saved_tensors for layer in self.layers}
+        of_points = {
+            id(point): of_layers[id(plan.layers[id(point)])] for point in plan.points if id(point) in plan.layers
+        }
+        for point in plan.points:
+            if point.children and id(point) not in of_points:
+                of_points[id(point)] = saved_for_step(point)
+        return of_layers, of_points
 
     # ---- before anything is allocated
 
@@ -225,7 +234,7 @@ class AveragedSweep(Sweep):
             return torch.zeros(size, size, dtype=dtype, device=prediction.device)
         if root.kind == "exact":
             blocks = hessian.summed(prediction.shape[0] // count)
-            matrix = blocks[0].clone() if len(blocks) == 1 else torch.block_diag(*blocks)
+            matrix = blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
         else:
             sampled = hessian.sampled(root.mc_samples)
             columns, _ = sampled.form(0, sampled.count)

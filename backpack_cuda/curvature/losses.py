@@ -198,10 +198,15 @@ def _cross_entropy(module: nn.CrossEntropyLoss, input: Tensor, target: Tensor) -
         return SquareRoot(mc_samples, form_sampled)
 
     def summed(rows: int) -> Tensor:
-        p = input.softmax(1, dtype).reshape(-1, rows, classes, length)  # [N, R, C, L]
+        p = input.softmax(1, dtype)
+        if rows == length == 1:
+            mixed = (p.reshape(-1, classes) * scale.reshape(-1, 1)).t() @ p.reshape(-1, classes)
+            mixed = mixed - mixed.diagonal().diag()
+            # The rows of a Hessian add up to zero: its diagonal without cancellation.
+            return (mixed.sum(1).diag() - mixed)[None]
+        p = p.reshape(-1, rows, classes, length)  # [N, R, C, L]
         w = scale.reshape(-1, rows, 1, length)
         mixed = torch.einsum("nrcl,nrdl->rlcd", p * w, p)
-        # The rows of a Hessian add up to zero: its diagonal without cancellation.
         mixed = mixed - mixed.diagonal(dim1=2, dim2=3).diag_embed()
         hessians = mixed.sum(3).diag_embed() - mixed  # [R, L, C, C]
         return hessians.permute(0, 2, 3, 1).diag_embed().transpose(2, 3).reshape(rows, classes * length, -1)

@@ -26,6 +26,7 @@ from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, operand_
 from backpack_cuda.curvature.points import Point, operands_of
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import _function
+from backpack_cuda.ops import dispatch
 from backpack_cuda.stats import statistics_dtype
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
@@ -102,6 +103,12 @@ class Step:
     def _pull(self, columns: Tensor) -> Tensor:
         """Columns [V, N, D] at the parent -> at the point, in the type of statistics."""
         source, point = self.source, self.point
+        if len(source.edges) == len(point.edges) == 1:
+            (output,) = source.metadata
+            (found,) = pull_back(source.edges, point.edges, [columns.to(output.dtype).reshape(-1, *output.shape)])
+            if found is not None:
+                return found.to(self.dtype).reshape(len(columns), self.batch_size, -1)
+            return columns.new_zeros(len(columns), self.batch_size, point.features)
         parts = [
             part.to(m.dtype).reshape(len(columns), *m.shape)
             for part, m in zip(columns.split(source.sizes, 2), source.metadata, strict=True)
@@ -137,17 +144,28 @@ class _Elementwise(Step):
         return (rows * features + 3 * self.batch_size * features) * self.itemsize
 
     def run(self, matrix: Tensor, owned: bool, saved: tuple) -> Tensor:
+        slopes = self._slopes()  # [N, D]
         features = self.point.features
-        ones = torch.ones(1, self.batch_size, features, dtype=self.dtype, device=matrix.device)
-        slopes = self._pull(ones)[0]  # [N, D]
-        averaged = slopes.t() / max(self.batch_size, 1)
-        if torch.is_grad_enabled():
-            return matrix * (averaged @ slopes)
-        matrix = matrix if owned else matrix.clone()
         rows = self._rows_at_a_time(features)
+        if rows >= features or torch.is_grad_enabled():
+            averaged = dispatch.linear_kron_factor(slopes, 1 / self.batch_size)
+            return matrix.mul_(averaged) if owned else matrix * averaged
+        averaged = slopes.t() / self.batch_size
+        matrix = matrix if owned else matrix.clone()
         for begin in range(0, features, rows):
             matrix[begin : begin + rows] *= averaged[begin : begin + rows] @ slopes
         return matrix
+
+    def _slopes(self) -> Tensor:
+        (edge,), (output,) = self.point.edges, self.source.metadata
+        (slopes,) = torch.autograd.grad(
+            self.source.edges[0],
+            edge,
+            torch.ones(output.shape, dtype=output.dtype, device=output.device),
+            retain_graph=True,
+            create_graph=torch.is_grad_enabled(),
+        )
+        return slopes.reshape(self.batch_size, -1).to(self.dtype)
 
 
 class _Twice(Step):
@@ -186,7 +204,8 @@ class _Layer(_Twice):
         return self.source.features + self.point.features
 
     def _pushing_bytes(self) -> int:
-        return min(max(self.source.features, self.point.features), self._at_a_time()) * self._width() * self.itemsize
+        rows = min(max(self.source.features, self.point.features), self._at_a_time())
+        return 3 * rows * self._width() * self.itemsize  # libraries copy operands and results of convolutions
 
     def _at_a_time(self) -> int:
         return self._rows_at_a_time(self._width())
@@ -364,11 +383,11 @@ def _is_same_for_all(node: Node, places: Sequence[int]) -> bool:
     return name in _SAME_FOR_ALL or (name in _SAME_IN and list(places) == [_SAME_IN[name]])
 
 
-def to_save(point: Point) -> Callable[[], tuple] | None:
-    """What must be read of what the graph has saved, before the step below a point; None for nothing."""
+def saved_for_step(point: Point) -> tuple:
+    """What the step below a point needs of what its node has saved."""
     node = point.node
     if isinstance(node, _LAYER_NODE):
-        return lambda: node.saved_tensors
+        return node.saved_tensors
     if not isinstance(node, BackwardCFunction) and _function(node.name()) in _MAX_POOLINGS:
-        return lambda: (node._saved_result1,)  # the indices
-    return None
+        return (node._saved_result1,)  # the indices
+    return ()

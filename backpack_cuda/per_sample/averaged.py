@@ -21,18 +21,20 @@ class AveragedUse:
 
     def output_moment(self, name: str) -> Tensor:
         """The sum of the blocks that belong to one position, [O, O] or [G, O, O]."""
-        return self._of_groups(name, self._use.by_position(self._matrix).diagonal(dim1=0, dim2=2).sum(-1))
+        blocks = self._use.by_position(self._matrix)  # [R, O, R, O]
+        return self._of_groups(name, blocks[0, :, 0] if len(blocks) == 1 else blocks.diagonal(dim1=0, dim2=2).sum(-1))
 
     def summed_moment(self, name: str) -> Tensor:
         """The sum of the blocks of all pairs of positions, [O, O] or [G, O, O]."""
-        return self._of_groups(name, self._use.by_position(self._matrix).sum((0, 2)))
+        blocks = self._use.by_position(self._matrix)
+        return self._of_groups(name, blocks[0, :, 0] if len(blocks) == 1 else blocks.sum((0, 2)))
 
     def _of_groups(self, name: str, factor: Tensor) -> Tensor:
         groups = self._use.groups(name)
         if groups > 1:
             size = len(factor) // groups
             factor = factor.view(groups, size, groups, size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-        return (factor + factor.mT) / 2  # rounding is not symmetric
+        return _symmetric(factor)
 
 
 class AveragedBlocks(ColumnUse):
@@ -60,7 +62,13 @@ class AveragedBlocks(ColumnUse):
             raise NoKroneckerFactors(f"{name}, of a layer without a known factorisation")
         pushed = torch.matmul(self._matrix, jacobian)  # [N, D, P]
         block = jacobian.flatten(0, 1).t() @ pushed.flatten(0, 1) / max(self.batch_size, 1)
-        return (block + block.mT) / 2
+        return _symmetric(block)
 
     def summed_moment(self, name: str) -> Tensor:
         return self.output_moment(name)
+
+
+def _symmetric(factor: Tensor) -> Tensor:
+    """Without the difference that rounding makes; a new tensor."""
+    twice = factor + factor.mT
+    return twice / 2 if torch.is_grad_enabled() else twice.mul_(0.5)
