@@ -4,28 +4,30 @@ What is where: `points.py` the tensors at which a matrix can stand, `steps.py` t
 """
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from backpack_cuda.capture import LayerFunction
+from backpack_cuda.capture import LayerFunction, ObserverFunction
 from backpack_cuda.context import CTX
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.points import Graph, Point
+from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import _check_batch, _mixed, _readable, residual_sources
 from backpack_cuda.curvature.steps import Budget, Step, saved_for_step, step_to
 from backpack_cuda.curvature.sweep import LayerCall, Sweep, _errors_for_users, _free_memory
 from backpack_cuda.extensions.averaged import HBP
 from backpack_cuda.extensions.curvature import Curvature
 from backpack_cuda.extensions.second_order import SecondOrderExtension
-from backpack_cuda.per_sample import AveragedBlocks, AveragedUse
-from backpack_cuda.stats import Want, statistics_dtype
+from backpack_cuda.per_sample import AveragedColumns, AveragedUse, NoKroneckerFactors
+from backpack_cuda.stats import statistics_dtype
 
-_LAYER_NODE = LayerFunction._backward_cls
+_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_LIMIT = 8 << 30
 _LARGEST_BUDGET = 1 << 30
 _CPU_PIECE = 16 << 20  # pieces of columns that stay in the caches
@@ -42,7 +44,8 @@ class _Plan(NamedTuple):
     root: Point
     points: list[Point]
     steps: dict[int, Step]  # id of a point -> the step to it from its parent
-    layers: dict[int, LayerCall]  # id of a point -> the layer whose output it is
+    layers: dict[int, list[LayerCall]]  # id of a point -> the layers with factors from its matrix
+    inner: set[Node]  # the functions between two points, or a point and a layer that has none
     memory: int  # bytes at a time
     largest: Point
 
@@ -80,14 +83,12 @@ class AveragedSweep(Sweep):
 
     def _read(self, plan: _Plan) -> tuple[dict[int, tuple], dict[int, tuple]]:
         """What the graph has saved for the layers' uses, and for the steps below points; each node is read once."""
-        of_layers = {id(layer): layer.node.saved_tensors for layer in self.layers}
-        of_points = {
-            id(point): of_layers[id(plan.layers[id(point)])] for point in plan.points if id(point) in plan.layers
-        }
+        of_layers = {layer.node: layer.node.saved_tensors for layer in self.layers}
+        of_points = {}
         for point in plan.points:
-            if point.children and id(point) not in of_points:
-                of_points[id(point)] = saved_for_step(point)
-        return of_layers, of_points
+            if point.children:
+                of_points[id(point)] = of_layers[point.node] if point.node in of_layers else saved_for_step(point)
+        return {id(layer): of_layers[layer.node] for layer in self.layers}, of_points
 
     # ---- before anything is allocated
 
@@ -95,12 +96,20 @@ class AveragedSweep(Sweep):
         graph = Graph(self.prediction, [layer.node for layer in self.layers])
         by_node = graph.tree(self.batch_size, self._where_samples_are_apart)
         points = list(by_node.values())
-        layers = {id(by_node[layer.node]): layer for layer in self.layers}
         budget = self._budget()
         steps = {id(p): step_to(p, self.batch_size, budget) for p in points if p.parent is not None}
         root = by_node[self.prediction.grad_fn]
+        inner = {node for point in points for node in point.between[:-1]}
+        layers: dict[int, list[LayerCall]] = {}
+        columns: dict[int, int] = {}
+        for layer in self.layers:
+            point = graph.nearest(layer.node, by_node)
+            layers.setdefault(id(point), []).append(layer)
+            nodes = [] if layer.node is point.node else graph.between(layer.node, point.node)[:-1]
+            inner.update(nodes)
+            columns[id(point)] = columns.get(id(point), 0) + self._column_bytes([layer.node, *nodes], layer, point)
         largest = max(points, key=lambda point: point.features)
-        return _Plan(root, points, steps, layers, self._memory(root, steps, layers), largest)
+        return _Plan(root, points, steps, layers, inner, self._memory(root, steps, columns), largest)
 
     def _budget(self) -> Budget:
         given = CTX.get_memory_budget()
@@ -113,16 +122,21 @@ class AveragedSweep(Sweep):
         device = self.prediction.device
         return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
 
-    def _memory(self, root: Point, steps: dict[int, Step], layers: dict[int, LayerCall]) -> int:
-        """Bytes that all matrices and temporary tensors take at a time; under create_graph none is freed."""
+    def _memory(self, root: Point, steps: dict[int, Step], columns: dict[int, int]) -> int:
+        """Bytes that all matrices and temporary tensors take at a time; under create_graph none is freed.
+
+        Args:
+            root: the prediction's point.
+            steps: by id of a point the step to it.
+            columns: by id of a point the bytes of a column from there to its layers.
+        """
         keeps = torch.is_grad_enabled()
         held = most = 0
         for point, last in root.visits():
             itemsize = statistics_dtype(point.metadata[0].dtype).itemsize
             matrix, step = point.features**2 * itemsize, steps.get(id(point))
             temporary = 0 if step is None else step.temporary(last)
-            if id(point) in layers:
-                temporary = max(temporary, self._block_bytes(layers[id(point)], point, itemsize))
+            temporary = max(temporary, point.features * columns.get(id(point), 0))
             if keeps:
                 held += matrix + temporary
                 most = held
@@ -140,12 +154,18 @@ class AveragedSweep(Sweep):
                 held -= matrix
         return most
 
-    def _block_bytes(self, layer: LayerCall, point: Point, itemsize: int) -> int:
-        """Of the Jacobians of a module's parameters."""
+    def _column_bytes(self, nodes: Sequence[Node], layer: LayerCall, point: Point) -> int:
+        """Of what one feature of a point is pulled back to at a module, with all `nodes`; 0 for layers with a rule."""
         if isinstance(layer.node, _LAYER_NODE):
             return 0
-        entries = sum(p.numel() for p in layer.parameters.values() if p.dim() < 2)
-        return 3 * self.batch_size * point.features * entries * itemsize
+        itemsize = statistics_dtype(point.metadata[0].dtype).itemsize
+        held = 2 * self.batch_size * point.features * itemsize
+        rule = layer.node.observation.rule
+        if rule is not None:
+            held += 2 * rule.column_bytes
+        else:
+            held += 3 * self.batch_size * sum(p.numel() for p in layer.parameters.values() if p.dim() < 2) * itemsize
+        return held + sum(prod(m.shape) * m.dtype.itemsize for node in nodes for m in node._input_metadata)
 
     def _check_memory(self, plan: _Plan) -> None:
         d = plan.largest.features
@@ -168,7 +188,8 @@ class AveragedSweep(Sweep):
     def _where_samples_are_apart(self, points: list[Point]) -> list[Point]:
         """Those with the samples along dimension 0, none of which acts on another one up to the prediction.
 
-        The others are skipped, but for the layers' outputs and the prediction: an error. Asked once per architecture.
+        The others are skipped, but for the layers' outputs and the prediction: an error. Recurrent and attention
+        modules may have their batch elsewhere. Asked once per architecture.
         """
         count = self.batch_size
         _check_batch("the prediction", self.edge, count)
@@ -184,7 +205,8 @@ class AveragedSweep(Sweep):
         else:
             chosen = known[key]
         # A layer that nothing arrives at has a matrix of zeros.
-        chosen = {points[i].node for i in chosen} | {layer.node for layer in self.layers} | {self.prediction.grad_fn}
+        kept = {layer.node for layer in self.layers if not _looks_after_samples(layer)} | {self.prediction.grad_fn}
+        chosen = {points[i].node for i in chosen} | kept
         return [point for point in points if point.node in chosen]
 
     def _verdicts(self, points: list[Point]) -> list[bool | None]:
@@ -218,7 +240,7 @@ class AveragedSweep(Sweep):
             arrives = any(arrived for _, arrived in pairs)
             verdicts[point.node] = False if any(leak for leak, _ in pairs) else True if arrives else None
         for node, layer in layers.items():
-            if verdicts.get(node, False) is False:
+            if verdicts.get(node, False) is False and not _looks_after_samples(layer):
                 name = type(layer.module).__name__
                 raise _mixed(f"{self.extensions[0]}: the output of {name}", node._input_metadata[0].shape, count)
         return [verdicts.get(point.node, False) for point in points]
@@ -247,10 +269,9 @@ class AveragedSweep(Sweep):
         sources = residual_sources(self.prediction, grad_prediction, self._nodes(), self.batch_size)
         found: dict[int, Tensor] = {}
         by_node = {point.node: point for point in plan.points}
-        inner = {node for point in plan.points for node in point.between[:-1]}
         for source in sources:
             point = by_node.get(source.edge.node)
-            if source.edge.node in inner or (point is not None and len(point.edges) > 1):
+            if source.edge.node in plan.inner or (point is not None and len(point.edges) > 1):
                 raise NotImplementedError(
                     f"{self.extensions[0]}: {source.name} is not linear and inside of a branch, whose second "
                     "derivatives cannot be averaged; curv_type=Curvature.GGN allows it"
@@ -284,42 +305,56 @@ class AveragedSweep(Sweep):
                     matrix = matrix.new_zeros(point.features, point.features)
             if id(point) in residuals:
                 matrix = matrix + residuals[id(point)].diag_embed()
-            layer = plan.layers.get(id(point))
-            if layer is not None:
+            for layer in plan.layers.get(id(point), ()):
                 self._add_use(layer, point, matrix, extensions)
             if point.children:
                 held[id(point)] = matrix
 
     def _add_use(self, layer: LayerCall, point: Point, matrix: Tensor, extensions: Sequence[HBP]) -> None:
-        if isinstance(layer.node, _LAYER_NODE):
-            use = AveragedUse(layer.use([None], 0, self.saved[id(layer)]), matrix)
-        else:
-            use = self._blocks(layer, point, matrix)
-        self._check(use, layer, extensions)
+        parameters = layer.parameters
+        if isinstance(layer.node, _OBSERVER_NODE) and layer.node.observation.rule is None:
+            parameters = {name: p for name, p in parameters.items() if p.dim() < 2}
+            self._add_nothing(layer, parameters.keys(), extensions)
+        if not parameters:
+            return
+        with _errors_for_users(extensions[0]):
+            use = self._use(LayerCall(layer.node, parameters), point, matrix, self.saved[id(layer)])
+            self._check(use, layer, extensions)
         for ext in extensions:
-            for name, parameter in layer.parameters.items():
+            for name, parameter in parameters.items():
                 with _errors_for_users(ext):
                     self._add_factors(ext, use, name, parameter, layer.module)
 
-    def _blocks(self, layer: LayerCall, point: Point, matrix: Tensor) -> AveragedBlocks:
-        """A module with the Jacobians in its parameters, by one of its backward passes per feature of the output."""
-        vectors = {name: p for name, p in layer.parameters.items() if p.dim() < 2}
-        observation = layer.node.observation._replace(parameters=vectors)
-        args, kwargs = observation.rebuild_inputs(self.saved[id(layer)])
-        outputs, n = layer.node._input_metadata, self.batch_size
-        rows: dict[str, list[Tensor]] = {name: [] for name in vectors}  # of [N, P] for each feature
-        mixes = False
-        for edge, size in zip(point.edges, point.sizes, strict=True):
-            for feature in range(size if vectors else 0):
-                grads = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in outputs]
-                grads[edge.output_nr].view(n, size)[:, feature] = 1
-                with _errors_for_users(self.extensions[0]):
-                    use = observation.form(observation, args, kwargs, tuple(grads))
-                    mixes = mixes or use.mixes_samples
-                    for name in vectors:
-                        rows[name].append(use.stats({name: Want.BATCH_GRAD})[name].batch_grad.reshape(n, -1))
-        jacobians = {name: torch.stack(of_features, 1).to(matrix.dtype) for name, of_features in rows.items()}
-        return AveragedBlocks(jacobians, matrix, n, mixes)
+    def _add_nothing(self, layer: LayerCall, known: Collection[str], extensions: Sequence[HBP]) -> None:
+        """For the parameters of a module without a rule that are no vectors."""
+        for name, parameter in layer.parameters.items():
+            if name not in known:
+                reason = f"{name} of size {list(parameter.shape)}, of a layer without a known factorisation"
+                for ext in extensions:
+                    ext.without_factors(layer.module, NoKroneckerFactors(reason))
+                    self.state.curvature[id(parameter), id(ext)] = None
+
+    def _use(self, layer: LayerCall, point: Point, matrix: Tensor, saved: tuple) -> AveragedUse | AveragedColumns:
+        """A layer's call with the matrix at its output, or at a point after it."""
+        if isinstance(layer.node, _LAYER_NODE):
+            return AveragedUse(layer.use([None], 0, saved), matrix)
+        count, n = point.features, self.batch_size
+        onehot = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None].expand(count, n, count)
+        columns = [
+            part.to(m.dtype).reshape(count, *m.shape)
+            for part, m in zip(onehot.split(point.sizes, 2), point.metadata, strict=True)
+        ]
+        if layer.node is point.node:
+            given = {edge.output_nr: part for edge, part in zip(point.edges, columns, strict=True)}
+            columns = [given.get(edge.output_nr) for edge in layer.edges]
+        else:
+            columns = pull_back(point.edges, layer.edges, columns)
+        return AveragedColumns(layer.use(columns, count, saved), matrix)
+
+
+def _looks_after_samples(layer: LayerCall) -> bool:
+    """Whether a module may have the samples of its batch in another dimension than the first."""
+    return isinstance(layer.module, nn.RNNBase) or not getattr(layer.module, "batch_first", True)
 
 
 # By the first layer's module the architectures and predictions' shapes -> the points where samples are apart.

@@ -6,7 +6,7 @@ functions follow each other, with a fork where branches join.
 """
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 
 from torch import Tensor
@@ -118,18 +118,24 @@ class Graph:
         for point in points.values():
             if point.node is self.root:
                 continue
-            dominator = self._dominator[point.node]
-            while dominator not in points:
-                dominator = self._dominator[dominator]
-            point._parent = weakref.ref(points[dominator])
+            point._parent = weakref.ref(self.nearest(self._dominator[point.node], points))
             point.parent.children.append(point)
-            point.between = self._between(point.node, dominator)
+            point.between = self.between(point.node, point.parent.node)
+            point.parent.children.append(point)
+            point.between = self.between(point.node, point.parent.node)
         for point in reversed(points.values()):
             if point.parent is not None:
                 point.parent._subtree += point._subtree
         return points
 
-    def _between(self, node: Node, dominator: Node) -> list[Node]:
+    def nearest(self, node: Node, points: Mapping[Node, Point]) -> Point:
+        """The point at a node, or the nearest one towards the prediction."""
+        while node not in points:
+            node = self._dominator[node]
+        return points[node]
+
+    def between(self, node: Node, dominator: Node) -> list[Node]:
+        """The functions from a node's outputs to those of one of its dominators, whose own is the last one."""
         found, stack = [], [node]
         seen = set()
         while stack:

@@ -345,6 +345,11 @@ def _kind(point: Point) -> type[Step]:
     return _Generic
 
 
+def _hands_on(node: BackwardCFunction) -> bool:
+    """Whether a node is an observer that gives on what it gets."""
+    return isinstance(node, _OBSERVER_NODE) and node.observation.rule is None
+
+
 def _same_size(node: Node, place: int, shape: bool = True) -> bool:
     operand = operand_metadata(node, place)
     sizes = [tuple(m.shape) for m in node._input_metadata]
@@ -353,7 +358,7 @@ def _same_size(node: Node, place: int, shape: bool = True) -> bool:
 
 def _leaves_unchanged(node: Node, place: int) -> bool:
     if isinstance(node, BackwardCFunction):
-        return isinstance(node, _OBSERVER_NODE) and len(node._input_metadata) == 1
+        return _hands_on(node) and len(node._input_metadata) == 1
     name = _function(node.name())
     if name in ("Add", "Sub"):
         positive = place == 0 or (name == "Add" and getattr(node, "_saved_alpha", None) == 1)
@@ -378,7 +383,7 @@ def _is_elementwise(node: Node, places: Sequence[int]) -> bool:
 
 def _is_same_for_all(node: Node, places: Sequence[int]) -> bool:
     if isinstance(node, BackwardCFunction):
-        return isinstance(node, _LAYER_NODE | _OBSERVER_NODE)
+        return isinstance(node, _LAYER_NODE) or _hands_on(node)
     name = _function(node.name())
     return name in _SAME_FOR_ALL or (name in _SAME_IN and list(places) == [_SAME_IN[name]])
 

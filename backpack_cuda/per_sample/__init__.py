@@ -1,6 +1,6 @@
 """The kinds of per-sample gradients: what one use of a layer contributes to its parameters' gradients, per sample."""
 
-from backpack_cuda.per_sample.averaged import AveragedBlocks, AveragedUse
+from backpack_cuda.per_sample.averaged import AveragedColumns, AveragedUse
 from backpack_cuda.per_sample.base import NoPerSampleGradients, Use
 from backpack_cuda.per_sample.columns import (
     ColumnUse,
@@ -17,7 +17,7 @@ from backpack_cuda.per_sample.outer import BiasUse, ConvUse, LinearUse
 from backpack_cuda.per_sample.parts import Part, PartsColumns, PartsUse
 
 __all__ = [
-    "AveragedBlocks",
+    "AveragedColumns",
     "AveragedUse",
     "BiasUse",
     "ColumnUse",

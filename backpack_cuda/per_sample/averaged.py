@@ -1,11 +1,9 @@
 """Uses of a layer with one matrix at its output, instead of columns: what Kronecker factors need of them."""
 
-from collections.abc import Hashable
-
 import torch
 from torch import Tensor
 
-from backpack_cuda.per_sample.columns import ColumnUse, NoKroneckerFactors
+from backpack_cuda.per_sample.columns import ColumnUse
 
 
 class AveragedUse:
@@ -21,12 +19,12 @@ class AveragedUse:
 
     def output_moment(self, name: str) -> Tensor:
         """The sum of the blocks that belong to one position, [O, O] or [G, O, O]."""
-        blocks = self._use.by_position(self._matrix)  # [R, O, R, O]
+        blocks = self._use.by_position(name, self._matrix)  # [R, O, R, O]
         return self._of_groups(name, blocks[0, :, 0] if len(blocks) == 1 else blocks.diagonal(dim1=0, dim2=2).sum(-1))
 
     def summed_moment(self, name: str) -> Tensor:
         """The sum of the blocks of all pairs of positions, [O, O] or [G, O, O]."""
-        blocks = self._use.by_position(self._matrix)
+        blocks = self._use.by_position(name, self._matrix)
         return self._of_groups(name, blocks[0, :, 0] if len(blocks) == 1 else blocks.sum((0, 2)))
 
     def _of_groups(self, name: str, factor: Tensor) -> Tensor:
@@ -37,35 +35,30 @@ class AveragedUse:
         return _symmetric(factor)
 
 
-class AveragedBlocks(ColumnUse):
-    """Any other use, by the Jacobians of its output in its parameters: their whole blocks."""
+class AveragedColumns:
+    """Any other use: with the columns of its Jacobian to a tensor of D features, and a matrix [D, D] there."""
 
-    def __init__(self, jacobians: dict[str, Tensor], matrix: Tensor, batch_size: int, mixes_samples: bool):
-        self._jacobians = jacobians  # [N, D, P] each, of the vectors among the parameters
-        self._matrix = matrix  # [D, D]
-        self.batch_size = batch_size
-        self.dtype = matrix.dtype
-        self.mixes_samples = mixes_samples
+    def __init__(self, use: ColumnUse, matrix: Tensor):
+        self._use = use  # column v of sample n is what one-hot feature v at the tensor is pulled back to
+        self._matrix = matrix
+        self.output_factors: dict[tuple, Tensor] = {}
 
-    def stats(self, want, signs):
-        raise NotImplementedError("a matrix at the output has Kronecker factors only")
-
-    def select(self, samples):
-        raise NotImplementedError("a matrix at the output has no samples")
-
-    def output_identity(self, name: str) -> Hashable | None:
-        return name
+    def __getattr__(self, name: str):
+        return getattr(self._use, name)
 
     def output_moment(self, name: str) -> Tensor:
-        jacobian = self._jacobians.get(name)
-        if jacobian is None:
-            raise NoKroneckerFactors(f"{name}, of a layer without a known factorisation")
-        pushed = torch.matmul(self._matrix, jacobian)  # [N, D, P]
-        block = jacobian.flatten(0, 1).t() @ pushed.flatten(0, 1) / max(self.batch_size, 1)
-        return _symmetric(block)
+        """(1/N) sum_nr of the matrix pulled back to position r, [O, O]."""
+        return self._pulled_back(self._use.output_rows(name))
 
     def summed_moment(self, name: str) -> Tensor:
-        return self.output_moment(name)
+        """The same for the sum of the positions, [O, O]."""
+        return self._pulled_back(self._use.output_sums(name))
+
+    def _pulled_back(self, rows: Tensor) -> Tensor:
+        """(1/N) sum of j^T mat j over the matrices j [D, O] in rows [D, N, *, O]."""
+        rows = rows.to(self._matrix.dtype).flatten(1, -2)  # [D, N * R, O]
+        pushed = (self._matrix @ rows.flatten(1)).view_as(rows)
+        return _symmetric(rows.flatten(0, 1).t() @ pushed.flatten(0, 1) / max(self._use.batch_size, 1))
 
 
 def _symmetric(factor: Tensor) -> Tensor:

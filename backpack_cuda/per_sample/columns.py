@@ -110,9 +110,13 @@ class ColumnUse(ABC):
         """A batch of one with the mean of the samples' inputs, for the input factor of a parameter."""
         raise NoKroneckerFactors(f"{name}, whose Jacobian has no mean that is known to factorise")
 
-    def by_position(self, matrix: Tensor) -> Tensor:
+    def by_position(self, name: str, matrix: Tensor) -> Tensor:
         """A matrix [D, D] over the D features of a sample's output, as [R, O, R, O] over its positions."""
-        raise NoKroneckerFactors(f"output of size {list(matrix.shape[:1])}, of a layer without a known factorisation")
+        raise NoKroneckerFactors(f"{name}, of a layer without a known factorisation")
+
+    def output_rows(self, name: str) -> Tensor:
+        """b_vnr, [V, N, *, O]; for an additive parameter its per-sample gradients."""
+        return self.output_sums(name)
 
     def output_sums(self, name: str) -> Tensor:
         """sum_r b_vnr, [V, N, G * O]; for an additive parameter its per-sample gradients."""
@@ -169,9 +173,12 @@ class LinearColumns(ColumnUse):
     def with_mean_input(self, name: str) -> "LinearColumns":
         return LinearColumns(None if self.input is None else _mean_sample(self.input), self.columns[:, :1])
 
-    def by_position(self, matrix: Tensor) -> Tensor:
+    def by_position(self, name: str, matrix: Tensor) -> Tensor:
         positions, outputs = prod(self.columns.shape[2:-1]), self.columns.shape[-1]
         return matrix.view(positions, outputs, positions, outputs)
+
+    def output_rows(self, name: str) -> Tensor:
+        return self.columns
 
     def output_moment(self, name: str) -> Tensor:
         return dispatch.linear_kron_factor(self.columns, 1.0)
@@ -233,7 +240,7 @@ class ConvColumns(ColumnUse):
     def with_mean_input(self, name: str) -> "ConvColumns":
         return ConvColumns(self.geometry, _mean_sample(self.input), self.columns[:, :1])
 
-    def by_position(self, matrix: Tensor) -> Tensor:
+    def by_position(self, name: str, matrix: Tensor) -> Tensor:
         positions, outputs = self.positions(), self.columns.shape[2]
         return matrix.view(outputs, positions, outputs, positions).permute(1, 0, 3, 2)
 

@@ -107,6 +107,10 @@ class PartsColumns(ColumnUse):
         use, inside = self.part(name)
         return use.summed_moment(inside)
 
+    def output_rows(self, name: str) -> Tensor:
+        use, inside = self.part(name)
+        return use.output_rows(inside)
+
     def output_sums(self, name: str) -> Tensor:
         use, inside = self.part(name)
         return use.output_sums(inside)
