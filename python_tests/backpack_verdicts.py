@@ -61,6 +61,8 @@ class Reference:
     @cached_property
     def averaged_factors(self) -> dict[str, list[Tensor]]:
         """KFRA's B of a layer, and the blocks of other modules' vectors; A is that of KFLR."""
+        if any(isinstance(module, nn.RNNBase) for module in self.model.modules()):
+            return {}
         chain, hessian = self.steps
         at_outputs, factors = averaged(chain, hessian), {}
         modules, jacobians = dict(self.model.named_modules()), {step.name: step.parameters for step in chain}

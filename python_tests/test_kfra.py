@@ -355,6 +355,60 @@ def test_exact_for_one_sample(convention, device):
         assert_close(name, product, expected.blocks(name).sum(0), 1e-9)
 
 
+class Given(nn.Module):
+    """A loss with the root [V, D] of a matrix as that of its Hessian."""
+
+    def __init__(self, root: Tensor):
+        super().__init__()
+        self.root = root
+
+    def forward(self, prediction: Tensor) -> Tensor:
+        return prediction.sum()
+
+
+register_loss(Given, lambda module, f: module.root.view(-1, 1, *f.shape[1:]))
+
+
+class LastState(nn.Module):
+    """A recurrent layer and its last hidden state: from the output with the batch first or second, or the state."""
+
+    def __init__(self, layer: str, taken: str):
+        super().__init__()
+        self.taken = taken
+        self.recurrent = getattr(nn, layer)(3, 2, batch_first=taken == "batch first")
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, state = self.recurrent(x if self.taken == "batch first" else x.transpose(0, 1))
+        if self.taken == "state":
+            return (state[0] if isinstance(state, tuple) else state)[-1]
+        return output[:, -1] if self.taken == "batch first" else output[-1]
+
+
+@pytest.mark.parametrize("taken", ["batch first", "batch second", "state"])
+@pytest.mark.parametrize("layer", ["RNN", "LSTM", "GRU"])
+def test_recurrent(layer, taken, device):
+    """Wherever the batch is: the mean over samples of what KFLR makes of the matrix at the last state."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LastState(layer, taken), nn.Linear(2, 3)).double()
+    inputs, targets = torch.randn(4, 4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    start = loss_hessian(lambda f: nn.functional.cross_entropy(f, targets), model(inputs).detach()).sum(0)
+    at_state = model[1].weight.T @ start @ model[1].weight
+    values, vectors = torch.linalg.eigh(at_state.detach())
+    loss = extend(Given((vectors * values.clamp(min=0).sqrt()).T.to(device)))
+    backward(model.to(device), nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFRA())
+    sums: dict = {}
+    for sample in inputs.to(device).split(1):
+        with backpack(KFLR()):
+            loss(model[0](sample)).backward()
+        for name, parameter in model[0].named_parameters():
+            sums[name] = sums.get(name, 0) + parameter.kflr[0] / 4
+    for name, parameter in model[0].named_parameters():
+        assert_close(name, parameter.kfra[0], sums[name].cpu(), 1e-9)
+    backward(model, nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFLR())
+    for parameter in model.parameters():
+        assert all(torch.equal(a, b) for a, b in zip(parameter.kfra[1:], parameter.kflr[1:], strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # HBP
 # ---------------------------------------------------------------------------------------------------------------------

@@ -121,8 +121,6 @@ class Graph:
             point._parent = weakref.ref(self.nearest(self._dominator[point.node], points))
             point.parent.children.append(point)
             point.between = self.between(point.node, point.parent.node)
-            point.parent.children.append(point)
-            point.between = self.between(point.node, point.parent.node)
         for point in reversed(points.values()):
             if point.parent is not None:
                 point.parent._subtree += point._subtree
