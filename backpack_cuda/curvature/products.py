@@ -79,11 +79,13 @@ class _Constants:
         changing: parameters and running statistics, which change between backward passes (the latter without a sign of
             it): the maps keep copies of those they need.
         attached: leave everything differentiable, and nothing copied, for `create_graph=True`.
+        copies: by the original's address the copies so far, for all recordings of a loss.
     """
 
-    def __init__(self, changing: Sequence[Tensor], attached: bool):
+    def __init__(self, changing: Sequence[Tensor], attached: bool, copies: dict[int, torch.UntypedStorage]):
         self._pointers = {t.untyped_storage().data_ptr() for t in changing if t.layout == torch.strided}
         self._attached = attached
+        self._copies = copies
         self._found: list[_Constant] = []
 
     def keep(self, tensor: Tensor) -> _Constant:
@@ -95,24 +97,23 @@ class _Constants:
 
     def finish(self) -> None:
         """Detaches all from the model's graph and its parameters. Not while a level is open."""
-        copies: dict[int, torch.UntypedStorage] = {}
         for constant in self._found:
             if not self._attached:
-                constant.tensor = self._own(constant.tensor.detach(), copies)
+                constant.tensor = self._own(constant.tensor.detach())
             constant.version = None if constant.tensor.is_inference() else constant.tensor._version
         self._found.clear()
 
-    def _own(self, tensor: Tensor, copies: dict[int, torch.UntypedStorage]) -> Tensor:
+    def _own(self, tensor: Tensor) -> Tensor:
         if tensor.layout != torch.strided or tensor.is_mkldnn:
             return tensor
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         if pointer not in self._pointers:
             return tensor
-        if pointer not in copies:
-            copies[pointer] = storage.clone()
+        if pointer not in self._copies:
+            self._copies[pointer] = storage.clone()
         own = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        return own.set_(copies[pointer], tensor.storage_offset(), tensor.shape, tensor.stride())
+        return own.set_(self._copies[pointer], tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 @contextlib.contextmanager
@@ -209,7 +210,8 @@ _Place = _AtParameter | _AtOutput
 class _Graph:
     """The layers of a graph, and where the directions of their parameters enter."""
 
-    def __init__(self, root: Node):
+    def __init__(self, root: Node, copies: dict[int, torch.UntypedStorage]):
+        self._copies = copies  # of what recordings keep
         self.nodes: list[Node] = []  # of all layers and observers
         self.layers: dict[Node, dict[str, nn.Parameter]] = {}  # with their parameters that are asked for
         self.batch_norms: list[Node] = []
@@ -271,7 +273,7 @@ class _Graph:
             for node in self.batch_norms:
                 statistics = (getattr(node, f"_saved_running_{name}", None) for name in ("mean", "var"))
                 changing.extend(tensor for tensor in statistics if tensor is not None)
-            constants = _Constants(changing, attached)
+            constants = _Constants(changing, attached, self._copies)
             for place in self.places:
                 place.keep(constants)
             return constants
@@ -565,9 +567,10 @@ def form_products(
     attached = torch.is_grad_enabled()
     of_hessian = [ext for ext in extensions if isinstance(ext, HMP)]
     others = [ext for ext in extensions if not isinstance(ext, HMP)]
+    copies: dict[int, torch.UntypedStorage] = {}
     try:
         if of_hessian:
-            graph = _Graph(loss.node)
+            graph = _Graph(loss.node, copies)
             if graph.has_weight_norm:
                 raise NotImplementedError(
                     f"{of_hessian[0]}: torch's second derivatives of weight normalisation are wrong; parametrise the "
@@ -578,7 +581,7 @@ def form_products(
             for ext in of_hessian:
                 _save(ext, graph, maps, state, attached)
         if others:
-            graph = _Graph(prediction.grad_fn)
+            graph = _Graph(prediction.grad_fn, copies)
             with graph.marked(prediction):
                 sources = _sources(others, hessian, factor, grad_prediction, graph)
                 by_extension = _apart_if_possible(partial(_sandwich_maps, sources, graph), attached)

@@ -5,8 +5,9 @@ the loss l with each of the V vectors, of the size of `mat`. l is the loss that 
 factor of a mean reduction; with several losses in one backward pass the products are those of their sum.
 
 A product belongs to the backward pass that formed it: it does not change when the model is called again or when its
-parameters are changed afterwards. It keeps the activations of the batch in memory until it is dropped
-(`del parameter.hmp`, or the next backward pass with the quantity).
+parameters are changed afterwards. It keeps the activations of the batch, and copies of the parameters that it needs, in
+memory until it is dropped (`del parameter.hmp`, or the next backward pass with the quantity); where a segment is
+checkpointed the model's graph as well.
 """
 
 from backpack_cuda.extensions.second_order import Root, SecondOrderExtension
