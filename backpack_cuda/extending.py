@@ -109,12 +109,16 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
 
 def _enter(module: nn.Module, inputs: tuple) -> tuple | None:
     """Forward pre-hook of modules without a forward of ours."""
-    return enter(module, inputs) if keeps_tensors(module) else None
+    if torch.compiler.is_compiling() or not keeps_tensors(module):
+        return None
+    return enter(module, inputs)
 
 
 def _leave(module: nn.Module, inputs: tuple, kwargs: dict, output):
     """Forward hook of modules without a forward of ours."""
-    return leave(module, inputs, kwargs, output) if keeps_tensors(module) else None
+    if torch.compiler.is_compiling() or not keeps_tensors(module):
+        return None
+    return leave(module, inputs, kwargs, output)
 
 
 def _announce(module: nn.Module, inputs: tuple, output) -> None:
