@@ -59,9 +59,14 @@ def class_for(module: nn.Module, classes) -> type[nn.Module] | None:
     return module_class if module_class in classes else None
 
 
+def is_authored(ext) -> bool:
+    """Whether an extension is somebody else's, or one of ours that somebody added to."""
+    return not ext.own or ext.has_module_extensions
+
+
 def authored() -> list:
-    """The active extensions that have a say in what happens at modules: those of others, and those they added to."""
-    return [ext for ext in current().extensions if not ext.own or ext.has_module_extensions]
+    """The active extensions that have a say in what happens at modules."""
+    return list(filter(is_authored, current().extensions))
 
 
 def _has_parameters(module: nn.Module) -> bool:

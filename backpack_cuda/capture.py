@@ -18,9 +18,9 @@ from torch.autograd import Variable
 from torch.autograd.graph import _get_grad_fn_or_grad_acc
 from torch.utils import _pytree as pytree
 
-from backpack_cuda.authored import OpenCalls, authored, keeps_any
+from backpack_cuda.authored import OpenCalls, authored, is_authored, keeps_any
 from backpack_cuda.autocast import autocast_enabled, without_autocast
-from backpack_cuda.context import CTX, current, is_authoring, is_batching, is_disabled, is_sweeping
+from backpack_cuda.context import CTX, State, current, is_authoring, is_batching, is_disabled, is_sweeping
 from backpack_cuda.extensions.first_order import FirstOrderExtension
 from backpack_cuda.extensions.kronecker import KFAC
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -44,7 +44,7 @@ def capturing(*inputs) -> bool:
         torch.is_grad_enabled()
         and all(map(_has_quantities, inputs))
         and not torch.compiler.is_compiling()
-        and not is_disabled()
+        and not (current().disabled and is_disabled())
         and (torch._C._functorch.peek_interpreter_stack() is None or is_batching())
         and torch.autograd.forward_ad._current_level < 0
         and not torch.jit.is_tracing()
@@ -151,14 +151,14 @@ class LayerFunction(torch.autograd.Function):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
         now = current()
         requested = now.extensions and (needs_weight or needs_bias)
-        if now.authoring or (not requested and (now.sweeping or not _is_attended(module))):
+        if now.authoring or (not requested and (now.sweeping or not _is_attended(module, now))):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
 
         parameters = parameters_of(ctx) if requested else {}
         state = Pass.current(ctx)
         state.check_covered(module, parameters)
-        first_order = forms_from_gradients()
-        if not first_order and not _is_attended(module):
+        first_order = state.forms_from_gradients
+        if not first_order and not _is_attended(module, now):
             return (*operation.backward(grad_output, input, weight, needs), None, None)
         use = operation.use(input, grad_output)
         # Gradients that must be differentiable, or of a parameter with further uses, come from torch.
@@ -287,7 +287,7 @@ class ObserverFunction(torch.autograd.Function):
                     columns = [None if grad is None else grad[None] for grad in grad_outputs]
                     pulled = replay_of(ctx, saved).pull_back(columns, 1)
                     use = pulled.use()
-                    if wanted and forms_from_gradients() and not torch.is_grad_enabled():
+                    if wanted and state.forms_from_gradients and not torch.is_grad_enabled():
                         fused = not state.shared(ctx, wanted.values())
                 gradients = _record(state, ctx, module, use, wanted, args[0] if args else kwargs.get("input"), fused)
                 ctx.replay = None
@@ -473,7 +473,8 @@ class Pass:
         self.curvature: dict[tuple[int, int], object] = {}
         self.factor_nodes: dict[tuple[int, int], frozenset[int]] = {}  # of Kronecker factors: ids of the uses' nodes
         self.losses: list[tuple[object, Tensor | None]] = []  # (normalisation, factor) of the losses that were reached
-        self._debug = CTX.get_debug()
+        self.asked = current()  # of the thread that called backward()
+        self.forms_from_gradients = any(map(from_gradients, self.asked.extensions))
         self._saved: list[tuple[nn.Parameter, str, Callable]] = []  # results of this pass, as weak references
         self._saved_by_authors: set[tuple[int, int]] = set()  # ids of parameters and extensions
         self.calls = OpenCalls()
@@ -515,7 +516,7 @@ class Pass:
 
     def save(self, parameter: nn.Parameter, ext, value) -> None:
         """Puts a result on a parameter."""
-        if self._debug:
+        if self.asked.debug:
             print(f"[DEBUG] {ext} saves {ext.savefield} of a parameter {list(parameter.shape)}")
         setattr(parameter, ext.savefield, value)
         self._saved.append((parameter, ext.savefield, _weakly(value)))
@@ -543,7 +544,7 @@ class Pass:
 
     def check_covered(self, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
         """The second-order results of these parameters must be there, from a loss that was reached before."""
-        for ext in CTX.get_active_exts():
+        for ext in self.asked.extensions:
             if isinstance(ext, SecondOrderExtension) and not from_gradients(ext) and not ext.module_extension(module):
                 for name, parameter in parameters.items():
                     if (id(parameter), id(ext)) not in self.curvature:
@@ -575,7 +576,7 @@ class Pass:
         """Forms the results of a parameter with several uses."""
         pending = self.pending.pop(key)
         name = pending.uses[0][1]
-        if forms_from_gradients():
+        if self.forms_from_gradients:
             with _warning_if_impossible([pending.parameter]):
                 _form(self, pending.module, merge(pending.uses), {name: pending.parameter}, Want.NOTHING)
         self.finished.add(key)
@@ -626,13 +627,8 @@ def from_gradients(ext) -> bool:
     return isinstance(ext, FirstOrderExtension) or (isinstance(ext, KFAC) and ext.fisher == "empirical")
 
 
-def forms_from_gradients() -> bool:
-    """Whether such a quantity is active."""
-    return any(map(from_gradients, CTX.get_active_exts()))
-
-
-def _check_mixing(module: nn.Module) -> None:
-    for ext in CTX.get_active_exts():
+def _check_mixing(state: Pass, module: nn.Module) -> None:
+    for ext in state.asked.extensions:
         if ext.own and ext.module_extension(module) is None:
             ext.check_mixed_samples(module)
 
@@ -655,7 +651,7 @@ def _form(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Par
     """Forms what the active extensions want of `parameters`, plus the statistics `also`, and saves the results."""
     extensions = [
         ext
-        for ext in CTX.get_active_exts()
+        for ext in state.asked.extensions
         if isinstance(ext, FirstOrderExtension) and ext.module_extension(module) is None
     ]
     shared = [ext for ext in extensions if ext.get_subsampling() is None]
@@ -681,7 +677,7 @@ def _form(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Par
 
 def _form_empirical(state: Pass, module: nn.Module, use: Use, parameters: dict[str, nn.Parameter]) -> None:
     """Forms and saves the factors of the empirical Fisher matrix, whose column is the ordinary output gradient."""
-    for ext in CTX.get_active_exts():
+    for ext in state.asked.extensions:
         if isinstance(ext, SecondOrderExtension) and from_gradients(ext):
             scale = ext.empirical_scale(state.losses)
             columns = use.as_columns()
@@ -707,7 +703,7 @@ def _record(
     """Forms or queues the results of `parameters`; returns their gradients where `fused` (none has further uses)."""
     gradients = {}
     if use.mixes_samples and parameters:
-        _check_mixing(module)
+        _check_mixing(state, module)
     single = {}
     for name, parameter in parameters.items():
         key = id(parameter)
@@ -744,9 +740,9 @@ def _record(
     return gradients
 
 
-def _is_attended(module: nn.Module) -> bool:
+def _is_attended(module: nn.Module, now: State) -> bool:
     """Whether somebody wants to know when a backward pass has come through this module."""
-    return current().extension_hook is not None or IO_FLAG in module.__dict__ or bool(authored())
+    return now.extension_hook is not None or IO_FLAG in module.__dict__ or any(map(is_authored, now.extensions))
 
 
 def module_done(module: nn.Module, input: Tensor | None = None, state: Pass | None = None) -> None:
