@@ -207,6 +207,12 @@ def test_positive_curvature_needs_a_convex_loss():
     model, inputs, targets = nn.Linear(3, 2), torch.randn(4, 3), torch.randn(4, 2)
     with pytest.raises(ValueError, match="non-negative factor"):
         run(model, nn.MSELoss(), inputs, targets, PCHMP(), scale=-1.0)
+    factor = torch.tensor(-1.0, requires_grad=True)  # whose value is not looked at
+    value = factor * extend(nn.MSELoss())(extend(model)(inputs), targets)
+    with backpack(PCHMP(), GGNMP()):
+        torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+    assert model.bias.pchmp(torch.ones(2)).isnan().all() and (model.bias.ggnmp(torch.ones(2)) < 0).all()
+    del model.bias.pchmp, model.bias.ggnmp, model.weight.pchmp, model.weight.ggnmp  # and the graph they hold
     with pytest.raises(ValueError, match="modify: expected one of clip, abs, got 'square'"):
         PCHMP(modify="square")
 

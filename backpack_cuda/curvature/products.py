@@ -614,10 +614,10 @@ def _sources(
 ) -> list[_Source]:
     """The prediction, and for `PCHMP` the elementwise functions' inputs."""
     prediction = hessian.prediction
-    of_loss = _loss_curvature(hessian, factor)
-    sources = [
-        _Source(GradientEdge(prediction.grad_fn, prediction.output_nr), {id(ext): of_loss for ext in extensions})
-    ]
+    # A factor that was not waited for may be negative: NaN, as the square roots of other quantities.
+    positive = factor if factor is None else torch.where(factor < 0, torch.nan, factor)
+    of_loss = {id(ext): _loss_curvature(hessian, positive if ext.needs_convex_loss else factor) for ext in extensions}
+    sources = [_Source(GradientEdge(prediction.grad_fn, prediction.output_nr), of_loss)]
     with_residuals = [ext for ext in extensions if isinstance(ext, PCHMP)]
     if with_residuals:
         for edge, curvature in residual_curvatures(prediction, grad_prediction(), graph.layers):
