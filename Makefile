@@ -46,6 +46,8 @@ examples: demo
 	@$(PY) examples/several_backward_passes.py
 	$(SAY) 'Gradient of a variance'
 	@$(PY) examples/gradient_of_variance.py
+	$(SAY) 'A layer written by the user'
+	@$(PY) examples/custom_layer.py
 	$(SAY) 'A convolution and an LSTM'
 	@$(PY) examples/digits_as_sequences.py
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import backpack_cuda as bp
 from backpack_cuda import backpack, extend
-from backpack_cuda.extensions import BatchL2Grad, Variance
+from backpack_cuda.extensions import BatchGrad, BatchL2Grad, Variance
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -261,6 +261,54 @@ def test_gradient_of_variance():
             model[0].weight[1, 2] += step
         values.append(noise().item())
     assert gradient[1, 2].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_custom_layer():
+    """The three ways agree with a loop over samples, and each is taken."""
+    program = example("custom_layer")
+    gradients, norms, curvature, accuracy = program.run(epochs=4)
+    assert accuracy > 0.9 and (norms > 0).all() and (curvature > 0).all()
+    assert gradients.keys() == {"nothing registered", "register_layer", "ModuleExtension"}
+    for found in gradients.values():
+        torch.testing.assert_close(found, gradients["nothing registered"], rtol=1e-4, atol=1e-6)
+
+    model = extend(nn.Sequential(program.RadialBasis(torch.randn(3, 2), 3.0), nn.Linear(3, 2)))
+    x, y = torch.randn(5, 2), torch.tensor([0, 1, 1, 0, 0])
+    losses = [nn.functional.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(5)]
+    expected = torch.stack([torch.autograd.grad(loss, model[0].centres)[0] for loss in losses])
+    called, extension = [], BatchGrad()
+    rule = program.CentreBatchGrad()
+    rule.centres = lambda *arguments: called.append("ModuleExtension") or type(rule).centres(rule, *arguments)
+    extension.set_module_extension(program.RadialBasis, rule)
+    bp.register_layer(
+        program.RadialBasis,
+        lambda *a, **k: called.append("register_layer") or program.centre_gradients(*a, **k),
+        check=False,
+    )
+    for ext in (BatchGrad(), extension):
+        torch.testing.assert_close(program.batch_grad(model, x, y, ext), expected)
+    assert called == ["register_layer", "ModuleExtension"]
+
+
+def test_custom_layer_with_backpack():
+    """Its module extension alone, in BackPACK."""
+    backpack_original = pytest.importorskip("backpack", reason="BackPACK is not installed")
+    source = (ROOT / "examples/custom_layer.py").read_text()
+    program = {"__name__": "custom_layer"}
+    source = source.replace("backpack_cuda", "backpack").replace(", register_layer\n", "\n")
+    exec(compile(source, "custom_layer", "exec"), program)
+    ours, found = example("custom_layer"), []
+    x, y = torch.randn(5, 64), torch.arange(5)
+    for names in (vars(ours), program):
+        torch.manual_seed(0)
+        model = names["network"](torch.randn(60, 64))
+        extension = names["BatchGrad"]()
+        extension.set_module_extension(names["RadialBasis"], names["CentreBatchGrad"]())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            found.append(names["batch_grad"](model, x, y, extension))
+    assert isinstance(extension, backpack_original.extensions.BatchGrad)
+    torch.testing.assert_close(*found)
 
 
 def test_digits_as_sequences():
