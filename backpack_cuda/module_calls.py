@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from backpack_cuda.context import authoring, current, is_authoring, is_sweeping
 from backpack_cuda.extensions.module_extension import ModuleExtension
 from backpack_cuda.rules.loss import LossFunction, is_loss_module
 
+_KEPT = "_backpack_kept"  # attribute of modules, names of the attributes that were stored here
 _ENTRY = "_backpack_entry"  # attribute of a call's first differentiated input, while the module's forward runs
 
 
@@ -94,49 +96,59 @@ def _place(tensor: Tensor):
     return None if node is None or hasattr(node, "variable") else (node, output)
 
 
+class _Entry(NamedTuple):
+    """Where a call's inputs enter it."""
+
+    node: object = None  # of EntryFunction; None where no input requires a gradient
+    positions: Sequence[int] = ()  # of its tensors among the inputs
+    places: Sequence[tuple | None] = ()  # of these tensors in the graph before it
+    versions: dict[str, int] = {}  # of the inputs, by their names as attributes
+
+
 class ModuleCall:
     """One call of a module, from its forward pass until the extensions have run."""
 
-    def __init__(self, module: nn.Module, inputs: tuple, keywords: Sequence[str], entry, positions: Sequence[int]):
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple,
+        keywords: Sequence[str],
+        entry: _Entry,
+        outputs: tuple,
+        exit_positions: Sequence[int],
+    ):
         self._module = weakref.ref(module)
-        self._entry = entry  # the node of EntryFunction, None where no input requires a gradient
-        self._entry_positions = positions  # of its tensors among the inputs
         self._keywords = keywords
-        self._tensors = {f"input{i}": value for i, value in enumerate(inputs)}
-        self._versions = {}
-        self._is_tuple = False
-        self._exit_positions: list[int] = []  # of the differentiated outputs
-        self._outputs = 0
-        self._input_places = [_place(inputs[i]) for i in positions]
-        self._output_place = None
+        self._entry = entry
+        self._exit_positions = exit_positions  # of the differentiated tensors among the outputs
+        self._output_count = len(outputs)
+        self._output_place = _place(outputs[0]) if isinstance(outputs[0], Tensor) else None
+        self._tensors = {f"input{i}": value for i, value in enumerate(inputs)} | {"output": outputs[0]}
+        found = {name: value._version for name, value in self._tensors.items() if _has_version(value)}
+        self._versions = found | entry.versions  # of the tensors, as the module got and returned them
         self._state: Pass | None = None  # the pass that has reached the exit, and not yet the entry
         self._grad_outputs: tuple[Tensor | None, ...] = ()
         self.awaits_entry = False  # whether the pass will reach the entry
         self.hook_due: tuple | None = None  # (input,) where the module's hook is to follow
 
-    # ---- forward ----
-
-    def returned(self, outputs: tuple, positions: Sequence[int]) -> None:
-        """Notes the outputs of the module's forward, and stores its tensors as attributes."""
-        self._tensors["output"] = outputs[0]
-        self._versions |= {k: t._version for k, t in self._tensors.items() if k not in self._versions and _is_plain(t)}
-        self._outputs, self._exit_positions = len(outputs), positions
-        self._output_place = _place(outputs[0]) if isinstance(outputs[0], Tensor) else None
-        module = self._module()
+    def store(self, module: nn.Module) -> None:
+        """Makes the tensors attributes of the module."""
         if IO_FLAG not in module.__dict__:
-            store(module, self._tensors)
+            stored = {name: value for name, value in self._tensors.items() if not _is_taken(module, name)}
+            module.__dict__[_KEPT] = {*module.__dict__.get(_KEPT, ()), *stored}
+            store(module, stored)
 
     # ---- backward ----
 
     def exit_reached(self, node, grad_outputs: Sequence[Tensor]) -> None:
         """The gradients at the outputs are known."""
         if not authored.authored() and current().extension_hook is None:
-            if self._entry is None:
+            if self._entry.node is None:
                 self._release()
             return
-        self._grad_outputs = _placed(grad_outputs, self._exit_positions, self._outputs)
+        self._grad_outputs = _placed(grad_outputs, self._exit_positions, self._output_count)
         self._state = Pass.current(node)
-        self.awaits_entry = self._entry is not None and reached(self._entry) is not False
+        self.awaits_entry = self._entry.node is not None and reached(self._entry.node) is not False
         self._state.calls.open(self, self._module())
 
     def entry_reached(self, grad_inputs: Sequence[Tensor]) -> None:
@@ -155,7 +167,7 @@ class ModuleCall:
             return
         count = len(self._tensors) - 1
         grads = [] if grad_inputs is None else grad_inputs
-        positions = [] if grad_inputs is None else self._entry_positions
+        positions = [] if grad_inputs is None else self._entry.positions
         with self._attached(module):
             self._run(state, module, _placed(grads, positions, count), grad_outputs)
             if self.hook_due is not None:
@@ -175,7 +187,7 @@ class ModuleCall:
                     f"{', '.join(self._keywords)}; extensions see the positional ones only, as input0, input1, ...: "
                     "pass them by position"
                 )
-            taken = [name for name in self._tensors if is_taken(module, name)]
+            taken = [name for name in self._tensors if _is_taken(module, name)]
             if taken:
                 raise NotImplementedError(
                     f"{ext}: {type(module).__name__} has an attribute {taken[0]} of its own, where extensions expect a "
@@ -203,9 +215,9 @@ class ModuleCall:
             if parameter is not None and parameter.requires_grad:
                 value = getattr(extension, name)(ext, module, g_inp, g_out, quantity)
                 state.save_once(module, name, parameter, ext, value)
-        if backpropagated and not ext.own and self._entry is not None:
+        if backpropagated and not ext.own and self._entry.node is not None:
             quantity = extension.backpropagate(ext, module, g_inp, g_out, quantity)
-            for place in self._input_places:
+            for place in self._entry.places:
                 if place is not None:  # no leaf, where nobody would fetch it
                     state.calls.hand_back(ext, place, quantity)
 
@@ -218,7 +230,7 @@ class ModuleCall:
     def _attached(self, module: nn.Module) -> Iterator[None]:
         """The call's tensors as attributes of its module; those that were changed in place are left out."""
         before = {name: module.__dict__[name] for name in self._tensors if name in module.__dict__}
-        own = {name: value for name, value in self._tensors.items() if not is_taken(module, name)}
+        own = {name: value for name, value in self._tensors.items() if not _is_taken(module, name)}
         for name, value in own.items():
             if self._is_changed(name):
                 module.__dict__.pop(name, None)
@@ -255,14 +267,21 @@ class ModuleCall:
             return
         if module is not None and IO_FLAG not in module.__dict__:
             for name in self._tensors:
-                if not is_taken(module, name):
+                if not _is_taken(module, name):
                     module.__dict__.pop(name, None)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._tensors = dict.fromkeys(self._tensors)
 
 
-def _is_plain(value) -> bool:
+def _has_version(value) -> bool:
     return isinstance(value, Tensor) and not value.is_inference()
+
+
+def _is_taken(module: nn.Module, name: str) -> bool:
+    """Whether a module has a child, parameter, buffer or attribute of this name that was not stored here."""
+    if is_taken(module, name):
+        return True
+    return name in module.__dict__ and IO_FLAG not in module.__dict__ and name not in module.__dict__.get(_KEPT, ())
 
 
 def _placed(tensors: Sequence, positions: Sequence[int], count: int) -> tuple:
@@ -289,26 +308,25 @@ def enter(module: nn.Module, args: tuple) -> tuple:
     args = list(args)
     for i, value in zip(positions, entered, strict=True):
         args[i] = value
-    versions = {f"input{i}": value._version for i, value in enumerate(args) if _is_plain(value)}
-    setattr(entered[0], _ENTRY, (entered[0].grad_fn, positions, places, versions))
+    versions = {f"input{i}": value._version for i, value in enumerate(args) if _has_version(value)}
+    setattr(entered[0], _ENTRY, _Entry(entered[0].grad_fn, positions, places, versions))
     return tuple(args)
 
 
 def leave(module: nn.Module, args: tuple, kwargs: dict, output):
     """The output of a call of `module` on what `enter` gave, prepared for extensions."""
-    entry, positions, places, versions = None, [], [], {}
+    entry = _Entry()
     for value in args:
         if isinstance(value, Tensor) and _ENTRY in value.__dict__:
-            entry, positions, places, versions = value.__dict__.pop(_ENTRY)
+            entry = value.__dict__.pop(_ENTRY)
     outputs = output if isinstance(output, tuple) else (output,)
     differentiated = [i for i, value in enumerate(outputs) if isinstance(value, Tensor) and value.requires_grad]
     if not differentiated or not capturing():
         return output
-    call = ModuleCall(module, args, list(kwargs), entry, positions)
-    call._input_places, call._versions = places, versions
-    if entry is not None:
-        entry.call = weakref.ref(call)
-    call.returned(outputs, differentiated)
+    call = ModuleCall(module, args, list(kwargs), entry, outputs, differentiated)
+    call.store(module)
+    if entry.node is not None:
+        entry.node.call = weakref.ref(call)
     handed_on = _apply_exit(call, *[outputs[i] for i in differentiated])
     handed_on = handed_on if isinstance(handed_on, tuple) else (handed_on,)
     register(handed_on[0], ())

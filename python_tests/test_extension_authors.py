@@ -621,6 +621,11 @@ def test_names_that_modules_have_taken():
     assert case[0][0].output.weight.mine.shape == (5, 3, 4)
     with pytest.raises(NotImplementedError, match="attribute output of its own"):
         step(a, case, a.Gradients({Block: a.Same()}, fail_mode="SILENT"))
+    case = mlp(a)
+    case[0][0].output = "an attribute"
+    with pytest.raises(NotImplementedError, match="attribute output of its own"):
+        step(a, case, a.Gradients())
+    assert case[0][0].output == "an attribute"
 
 
 # ---- order, several uses, several passes
@@ -675,6 +680,33 @@ def test_a_parameter_of_an_author_s_layer_and_another(make, first):
         step(a, case, ext)
     gc.collect()
     assert not hasattr(scale.weight, ext.savefield)
+
+
+def test_several_forward_passes():
+    """Each backward pass sees the tensors of its own forward pass; one for both is refused."""
+    a = authors("backpack_cuda")
+    model, loss_function, inputs, targets = mlp(a)
+    first = loss_function(model(inputs), targets)
+    second = loss_function(model(2 * inputs), targets)
+    for loss in (first, second):
+        with backpack(a.Gradients(), extensions.BatchGrad()):
+            loss.backward()
+        assert_same(results(model), results(model, "grad_batch"))
+    losses = [loss_function(model(x), targets) for x in (inputs, 2 * inputs)]
+    with pytest.raises(NotImplementedError, match="is used several times"), backpack(a.Gradients()):
+        sum(losses).backward()
+
+
+def test_reentrant_checkpoint():
+    a = authors("backpack_cuda")
+    model, loss_function, inputs, targets = mlp(a)
+    outputs = torch.utils.checkpoint.checkpoint(model, inputs.requires_grad_(), use_reentrant=True)
+    with backpack(a.Gradients(), extensions.BatchGrad()):
+        loss_function(outputs, targets).backward()
+    assert_same(results(model), results(model, "grad_batch"))
+    outputs = torch.utils.checkpoint.checkpoint(model, inputs, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="expects a backpropagated quantity"), backpack(a.Diagonal()):
+        loss_function(outputs, targets).backward()
 
 
 def test_an_author_s_error():
