@@ -58,7 +58,7 @@ class Skip(nn.Module):
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     torch.manual_seed(1)  # of dropout
-    return module(x)
+    return module(x.clone())  # it may be changed in place
 
 
 def jacobians(function, x: Tensor, samples: int) -> Tensor:
@@ -149,6 +149,12 @@ class Function(nn.Module):
         return self.function(x)
 
 
+def rising(*shape: int) -> Tensor:
+    """Different numbers between 0 and 1."""
+    size = torch.Size(shape).numel()
+    return (torch.arange(size, dtype=torch.float64).view(shape) * 0.37).sin()
+
+
 class Attention(nn.Module):
     """Self-attention with the batch first."""
 
@@ -192,6 +198,18 @@ CHAINS = {
     "glu": lambda: vectors(nn.GLU()),
     "a function times another": lambda: vectors(Function(lambda x: x.tanh() * x.exp())),
     "a chain of functions": lambda: vectors(Function(lambda x: 2 * (3 - x) / 5 + 1)),
+    "halves": lambda: vectors(Function(lambda x: torch.cat(x.chunk(2, 1)[::-1], 1))),
+    "gated": lambda: vectors(Function(lambda x: x[:, :3] * x[:, 3:].sigmoid())),
+    "unevenly": lambda: vectors(Function(lambda x: torch.where(x > 0, x, 0.1 * x * x))),
+    "broadcast": lambda: vectors(Function(lambda x: x - x.mean(1, keepdim=True))),
+    "of constants": lambda: vectors(Function(lambda x: torch.linspace(1, 2, 24).view(4, 6).double() * x)),
+    "gathered": lambda: vectors(Function(lambda x: x.gather(1, torch.arange(24).view(4, 6).flip(0) % 5))),
+    "a product of samples": lambda: vectors(Function(lambda x: torch.einsum("ni,nij->nj", x, rising(4, 6, 5)))),
+    "weights from outside": lambda: vectors(Function(lambda x: nn.functional.linear(x, rising(5, 6)))),
+    "complex": lambda: vectors(Function(lambda x: torch.fft.rfft(x).abs())),
+    "in place": lambda: vectors(nn.ReLU(inplace=True)),
+    "upside down": lambda: vectors(Function(lambda x: x.flip(0).flip(0))),
+    "attention of few tokens": lambda: (tokens(Attention(4))[0], (3, 2, 3)),
     "skip": lambda: vectors(Skip(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6, bias=False))),
     "skip in skip": lambda: vectors(Skip(Skip(nn.Linear(6, 6), nn.Sigmoid()), nn.Tanh(), nn.Linear(6, 6))),
     "linear skip": lambda: vectors(Skip(nn.Linear(6, 6), nn.Linear(6, 6))),
@@ -237,7 +255,7 @@ def prepared(build, samples: int | None = None) -> tuple[nn.Module, Tensor]:
     model, shape = build()
     inputs = torch.randn(shape if samples is None else (samples, *shape[1:]), dtype=torch.float64)
     with torch.no_grad():
-        model(torch.zeros((2, *shape[1:])))  # lazy layers
+        model.double()(torch.zeros_like(inputs))  # lazy layers
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
@@ -738,6 +756,21 @@ def test_types(build, dtype, device):
     for parameter in model.parameters():
         assert all(f.dtype == torch.float32 for f in parameter.kfra)
     assert_b(model, expected, tolerance=2e-5 if dtype == torch.float32 else 0.15)
+
+
+def test_mixed_types(device):
+    """Layers of different types: the widest one for all matrices."""
+    torch.manual_seed(0)
+    double, single = nn.Linear(4, 3).double(), nn.Linear(3, 4)
+    model = nn.Sequential(single, Function(lambda x: x.double()), nn.Tanh(), double, Function(lambda x: x.float()))
+    model.append(nn.Linear(3, 3))
+    reference = nn.Sequential(*(copy.deepcopy(m).double() for m in model if not isinstance(m, Function)))
+    inputs, targets = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    backward(model.to(device), nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFRA())
+    backward(reference.to(device), nn.CrossEntropyLoss(), inputs.double().to(device), targets.to(device), KFRA())
+    for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
+        for factor, expected in zip(mine.kfra, other.kfra, strict=True):
+            assert_close("kfra", factor, expected.cpu(), 1e-5)
 
 
 @named("frozen", {name: name for name in ("first", "last", "weights", "biases")})

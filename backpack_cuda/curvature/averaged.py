@@ -3,6 +3,7 @@
 What is where: `points.py` the tensors at which a matrix can stand, `steps.py` the way from one to the next.
 """
 
+import functools
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from math import prod
@@ -97,7 +98,10 @@ class AveragedSweep(Sweep):
         by_node = graph.tree(self.batch_size, self._where_samples_are_apart)
         points = list(by_node.values())
         budget = self._budget()
-        steps = {id(p): step_to(p, self.batch_size, budget) for p in points if p.parent is not None}
+        self.dtype = functools.reduce(
+            torch.promote_types, (statistics_dtype(m.dtype) for point in points for m in point.metadata)
+        )
+        steps = {id(p): step_to(p, self.batch_size, self.dtype, budget) for p in points if p.parent is not None}
         root = by_node[self.prediction.grad_fn]
         inner = {node for point in points for node in point.between[:-1]}
         layers: dict[int, list[LayerCall]] = {}
@@ -133,8 +137,7 @@ class AveragedSweep(Sweep):
         keeps = torch.is_grad_enabled()
         held = most = 0
         for point, last in root.visits():
-            itemsize = statistics_dtype(point.metadata[0].dtype).itemsize
-            matrix, step = point.features**2 * itemsize, steps.get(id(point))
+            matrix, step = point.features**2 * self.dtype.itemsize, steps.get(id(point))
             temporary = 0 if step is None else step.temporary(last)
             temporary = max(temporary, point.features * columns.get(id(point), 0))
             if keeps:
@@ -145,7 +148,7 @@ class AveragedSweep(Sweep):
                 most = 2 * matrix
                 held = matrix
                 continue
-            parent = point.parent.features**2 * itemsize
+            parent = point.parent.features**2 * self.dtype.itemsize
             moves = last and step.in_place()
             most = max(most, held + temporary + (0 if moves else matrix))
             held += matrix - (parent if last else 0)
@@ -158,7 +161,7 @@ class AveragedSweep(Sweep):
         """Of what one feature of a point is pulled back to at a module, with all `nodes`; 0 for layers with a rule."""
         if isinstance(layer.node, _LAYER_NODE):
             return 0
-        itemsize = statistics_dtype(point.metadata[0].dtype).itemsize
+        itemsize = self.dtype.itemsize
         held = 2 * self.batch_size * point.features * itemsize
         rule = layer.node.observation.rule
         if rule is not None:
@@ -193,6 +196,7 @@ class AveragedSweep(Sweep):
         """
         count = self.batch_size
         _check_batch("the prediction", self.edge, count)
+        points = [point for point in points if not any(m.dtype.is_complex for m in point.metadata)]
         if count < 2:
             return points
         known = _known_apart.setdefault(self.layers[0].module, {})
@@ -250,7 +254,7 @@ class AveragedSweep(Sweep):
     def _at_prediction(self, hessian: LossHessian, root, factor: Tensor | None) -> Tensor:
         """sum_n H_n at the prediction, [D, D]; with R rows [N * R, *] for each sample a block for each of them."""
         prediction, count = self.prediction, self.batch_size
-        dtype = statistics_dtype(prediction.dtype)
+        dtype = self.dtype
         if not count:
             size = prediction[:0].flatten(1).shape[1] if prediction.dim() > 1 else 1
             return torch.zeros(size, size, dtype=dtype, device=prediction.device)
@@ -262,6 +266,7 @@ class AveragedSweep(Sweep):
             columns, _ = sampled.form(0, sampled.count)
             columns = columns.to(dtype).reshape(len(columns) * count, -1)  # [M * N, D]
             matrix = columns.t() @ columns
+        matrix = matrix.to(dtype)
         return matrix if factor is None else matrix * factor.to(dtype)
 
     def _residuals(self, plan: _Plan, grad_prediction: Tensor, curv_type: str) -> dict[int, Tensor]:
@@ -298,13 +303,14 @@ class AveragedSweep(Sweep):
             else:
                 key = id(point.parent)
                 matrix = held.pop(key) if last else held[key]
+                matrix = matrix.to(point.metadata[0].device)
                 if self.batch_size:
                     owned = last and not torch.is_grad_enabled()
                     matrix = plan.steps[id(point)].run(matrix, owned, saved.get(key, ()))
                 else:
                     matrix = matrix.new_zeros(point.features, point.features)
             if id(point) in residuals:
-                matrix = matrix + residuals[id(point)].diag_embed()
+                matrix = matrix + residuals[id(point)].to(matrix.dtype).diag_embed()
             for layer in plan.layers.get(id(point), ()):
                 self._add_use(layer, point, matrix, extensions)
             if point.children:

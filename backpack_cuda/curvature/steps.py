@@ -27,7 +27,6 @@ from backpack_cuda.curvature.points import Point, operands_of
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import _function
 from backpack_cuda.ops import dispatch
-from backpack_cuda.stats import statistics_dtype
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 
@@ -75,12 +74,12 @@ class Budget(NamedTuple):
 class Step:
     """A step from a point's parent to the point; this one for views."""
 
-    def __init__(self, point: Point, batch_size: int, budget: Budget):
+    def __init__(self, point: Point, batch_size: int, dtype: torch.dtype, budget: Budget):
         self.point = point
         self.source = point.parent
         self.batch_size = batch_size
+        self.dtype = dtype  # of all matrices
         self.budget = budget
-        self.dtype = statistics_dtype(point.metadata[0].dtype)
 
     @property
     def itemsize(self) -> int:
@@ -318,9 +317,9 @@ def in_pieces(count: int, at_a_time: int, form: Callable[[int, int], Tensor]) ->
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def step_to(point: Point, batch_size: int, budget: Budget) -> Step:
-    """The cheapest step from a point's parent that is known to be right."""
-    return _kind(point)(point, batch_size, budget)
+def step_to(point: Point, batch_size: int, dtype: torch.dtype, budget: Budget) -> Step:
+    """The cheapest step from a point's parent that is known to be right; matrices are of the type `dtype`."""
+    return _kind(point)(point, batch_size, dtype, budget)
 
 
 def _kind(point: Point) -> type[Step]:
@@ -346,8 +345,10 @@ def _kind(point: Point) -> type[Step]:
 
 
 def _hands_on(node: BackwardCFunction) -> bool:
-    """Whether a node is an observer that gives on what it gets."""
-    return isinstance(node, _OBSERVER_NODE) and node.observation.rule is None
+    """Whether a node is an observer, or another function of ours, that gives on what it gets."""
+    if isinstance(node, _OBSERVER_NODE):
+        return node.observation.rule is None
+    return getattr(type(node)._forward_cls, "hands_on", False)
 
 
 def _same_size(node: Node, place: int, shape: bool = True) -> bool:
