@@ -469,7 +469,7 @@ class CurvatureProduct:
         self._name = name
         self._shape, self._dtype, self._device = parameter.shape, parameter.dtype, parameter.device
         self._summands = summands
-        self._width = width  # bytes that a vector takes on its way
+        self._width = width  # bytes that a vector takes at the layers' outputs
         self._attached = attached
 
     def __call__(self, mat: Tensor) -> Tensor:
@@ -635,8 +635,7 @@ def _save(ext: ProductExtension, graph: _Graph, maps: Sequence[Map], state: Pass
             key = (id(parameter), id(ext))
             summands = [*state.curvature.get(key, ()), _Summand(push, curvature, pull)]
             state.curvature[key] = summands
-            size = width + parameter.numel() * parameter.dtype.itemsize
-            state.save(parameter, ext, CurvatureProduct(str(ext), parameter, summands, size, attached))
+            state.save(parameter, ext, CurvatureProduct(str(ext), parameter, summands, width, attached))
 
 
 _NOT_TWICE = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented|twice .*once_differentiable")
