@@ -69,6 +69,9 @@ def current() -> State:
         return state
 
 
+current._torchdynamo_disable = True  # a step that is compiled calls it between its graphs
+
+
 def enter(
     extensions: tuple,
     debug: bool,

@@ -2,6 +2,7 @@
 
 import copy
 import ctypes
+import functools
 import gc
 import io
 import pickle
@@ -140,6 +141,30 @@ def test_what_is_set_inside_a_context_ends_with_it(device):
         CTX.set_debug(True)
         assert CTX.is_extension_active(BatchL2Grad)
     assert CTX.get_active_exts() == () and not CTX.get_debug()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, between graphs
+def test_a_compiled_step_may_enter_contexts(device):
+    """It runs, and a compiled model forms nothing; what is not compiled does."""
+    torch._dynamo.reset()
+    model, loss = small_model(device)
+    inputs, targets = (t.to(device) for t in BATCHES[0])
+    compiled = torch.compile(model, backend="eager")
+
+    @functools.partial(torch.compile, backend="eager")
+    def step():
+        with backpack(BatchGrad()):
+            with disable():
+                pass
+            loss(compiled(inputs), targets).backward()
+
+    step()
+    assert CTX.get_active_exts() == () and disable.should_store_io()
+    assert model[0].weight.grad is not None
+    with backpack(BatchGrad()):
+        loss(model(inputs), targets).backward()
+    assert model[0].weight.grad_batch.shape[0] == len(inputs)
+    torch._dynamo.reset()
 
 
 def test_remove_hooks(device):
