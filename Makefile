@@ -40,6 +40,8 @@ examples: demo
 	@$(PY) examples/kfac_training.py
 	$(SAY) 'Laplace approximation'
 	@$(PY) examples/laplace_digits.py
+	$(SAY) 'Every quantity'
+	@$(PY) examples/every_quantity.py
 	$(SAY) 'Optimisers beyond the average gradient'
 	@$(PY) examples/optimisers.py
 	$(SAY) 'Several backward passes: a tangent kernel'

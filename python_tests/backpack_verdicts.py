@@ -5,7 +5,6 @@ import importlib
 import warnings
 from functools import cached_property
 
-import pytest
 import torch
 from backpack_matrix import ANSWERS, COLUMNS, MISSING, RAISES, RIGHT, ROWS, WRONG, Row
 from curvature_oracle import Curvature, curvature, hessian_diagonals, square_root
@@ -13,8 +12,6 @@ from curvature_tools import expected_factors
 from oracle import Stats, from_per_sample
 from sequential_oracle import averaged, output_factor, positive_blocks, steps
 from torch import Tensor, nn
-
-import backpack_cuda
 
 
 class Reference:
@@ -135,17 +132,6 @@ def is_close(tolerance: float, value: Tensor, expected: Tensor, size: float = 0.
         return False
     size = max(size, expected.abs().max().item(), 1e-3)
     return (value.detach().double() - expected).abs().max().item() <= tolerance * size
-
-
-def is_there(column: str) -> bool:
-    """Whether we have the quantities of a column."""
-    return all(hasattr(backpack_cuda.extensions, name) for name in COLUMNS[column])
-
-
-def needs(column: str) -> None:
-    """Skips the test where we do not."""
-    if not is_there(column):
-        pytest.skip(f"{column} is not there yet")
 
 
 reference = functools.cache(lambda name: Reference(ROWS[name]))

@@ -239,28 +239,3 @@ def test_same_mean_of_sampled_curvature(loss):
     for name, other in theirs.items():
         bound = 5 * ((ours[name].var(0) + other.var(0)) / 1000).sqrt() + 1e-12
         assert ((ours[name].mean(0) - other.mean(0)).abs() <= bound).all(), name
-
-
-NAMES = {
-    "backpack": ["CTX", "backpack", "disable", "extend", "extensions", "memory_cleanup", "BackpropExtension"],
-    "backpack.extensions": [*EXTENSIONS, *GGN, *HESSIAN, "KFLR", *SAMPLED],
-}
-
-
-@pytest.mark.parametrize("module", list(NAMES))
-def test_names_can_be_imported(module):
-    ours = importlib.import_module(module.replace("backpack", "backpack_cuda"))
-    theirs = importlib.import_module(module)
-    for name in NAMES[module]:
-        assert hasattr(theirs, name) and hasattr(ours, name)
-
-
-def test_savefields_are_the_same():
-    theirs, ours = (importlib.import_module(f"{name}.extensions") for name in ("backpack", "backpack_cuda"))
-    for name in NAMES["backpack.extensions"]:
-        assert getattr(ours, name)().savefield == getattr(theirs, name)().savefield
-        if name in SAMPLED:
-            assert getattr(ours, name)(mc_samples=3).get_num_mc_samples() == 3
-    assert (
-        ours.BatchGrad(subsampling=[0, 2]).get_subsampling() == theirs.BatchGrad(subsampling=[0, 2]).get_subsampling()
-    )
