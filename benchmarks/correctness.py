@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from peers import QUANTITIES, Peer, tensors
+from peers import QUANTITIES, Peer, tensors, vectors
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, unfold
 
@@ -14,6 +14,7 @@ References = dict[str, dict[str, Any]]
 FIRST_ORDER = {"BatchGrad", "BatchL2Grad", "SumGradSquared", "Variance"}
 GGN = {"DiagGGNExact", "DiagGGNMC", "BatchDiagGGNExact", "BatchDiagGGNMC", "SqrtGGNExact", "SqrtGGNMC"}
 FACTORS = {"KFAC", "KFLR"}
+PRODUCTS = {"HMP", "GGNMP", "PCHMP"}
 HESSIAN_PARAMETERS = 20_000  # of models whose Hessian's diagonal is compared: it takes a product for each
 # Estimates of the quantity without MC: only their size is compared.
 SAMPLED = {"DiagGGNMC", "BatchDiagGGNMC", "SqrtGGNMC", "KFAC"}
@@ -30,6 +31,10 @@ def reference_results(model: nn.Module, inputs: Tensor, labels: Tensor, extensio
         reference |= {name: per_sample if name.startswith("Batch") else total for name in GGN}
     if wanted & FACTORS:
         reference |= dict.fromkeys(FACTORS, kronecker_factors(model, inputs))
+    if "KFRA" in wanted:
+        reference["KFRA"] = averaged_factors(model, inputs)
+    for extension in PRODUCTS & wanted:
+        reference[extension] = products(model, inputs, labels, extension)
     if "DiagHessian" in wanted:
         small = sum(p.numel() for p in model.parameters()) <= HESSIAN_PARAMETERS
         reference["DiagHessian"] = hessian_diagonal(model, inputs, labels) if small else {}
@@ -124,6 +129,49 @@ def hessian_diagonal(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[s
     return diagonals
 
 
+def products(model: nn.Module, inputs: Tensor, labels: Tensor, extension: str) -> dict[str, Tensor]:
+    """Of each parameter's block of the curvature with its first two vectors, by two backward passes each, [2, *P]."""
+    if extension == "PCHMP" and any(isinstance(module, nn.Tanh | nn.Sigmoid) for module in model.modules()):
+        return {}  # without them nothing of the Hessian is clipped, but by the GGN
+    parameters, rows, found = dict(model.named_parameters()), vectors(model, 2), {}
+    logits = model(inputs)
+    p = logits.detach().softmax(1)
+    for name, parameter in parameters.items():
+        if extension == "HMP":
+            loss = cross_entropy(logits, labels)
+            (gradient,) = torch.autograd.grad(loss, parameter, create_graph=True)
+            blocks = [torch.autograd.grad(gradient, parameter, row, retain_graph=True)[0] for row in rows[name]]
+        else:
+            probe = torch.zeros_like(logits, requires_grad=True)
+            (pulled,) = torch.autograd.grad(logits, parameter, probe, create_graph=True)
+            # [N, C] each
+            pushed = [torch.autograd.grad(pulled, probe, row, retain_graph=True)[0] for row in rows[name]]
+            curved = [p * (j - (p * j).sum(1, keepdim=True)) / len(p) for j in pushed]
+            blocks = [torch.autograd.grad(logits, parameter, h, retain_graph=True)[0] for h in curved]
+        found[name] = torch.stack(blocks)
+    return found
+
+
+def averaged_factors(model: nn.Module, inputs: Tensor) -> dict[str, list[Tensor]]:
+    """KFRA's [B, A] of weights and [B] of biases of a network of Linear and ReLU layers (Botev et al. 2017)."""
+    if not all(isinstance(module, nn.Linear | nn.ReLU) for module in model):
+        return {}
+    entering = [inputs]  # of each module, [N, I]
+    for module in model:
+        entering.append(module(entering[-1]).detach())
+    N, result = len(inputs), {}
+    averaged = N * sum(root.T @ root for root in hessian_roots(entering[-1])) / N  # [O, O], mean over samples
+    for position in reversed(range(len(model))):
+        module, x = model[position], entering[position]
+        if isinstance(module, nn.ReLU):
+            slope = (x > 0).to(x.dtype)
+            averaged = averaged * (slope.T @ slope) / N
+            continue
+        result[f"{position}.weight"], result[f"{position}.bias"] = [averaged, x.T @ x / N], [averaged]
+        averaged = module.weight.detach().T @ averaged @ module.weight.detach()
+    return result
+
+
 def comparable(extension: str, result: Any) -> list[Tensor]:
     """The tensors to compare of one result, or of the reference in its place."""
     if extension in FACTORS and extension in SAMPLED:
@@ -149,6 +197,9 @@ def compare(peer: Peer, quantity: str, reference: References) -> dict[str, Any]:
             result = results[name]
             if extension.startswith("SqrtGGN"):  # [V, N, *P]; columns are free up to a rotation, their squares are not
                 result = torch.linalg.vector_norm(result, dim=(0, 1)).square()
+            if extension in PRODUCTS:
+                result = result[: len(expected)]
+                expected = expected[: len(result)]
             pairs = zip(comparable(extension, result), comparable(extension, expected), strict=True)
             errors += [((own - other).abs().max() / other.abs().max()).item() for own, other in pairs]
     return {"relative_error": max(errors, default=None), "missing": missing}

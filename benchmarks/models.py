@@ -17,14 +17,15 @@ class Case:
     description: str
     build: Callable[[], nn.Module]
     input_shape: tuple[int, ...]  # [N, ...]
+    vocabulary: int = 0  # where it is not 0, the inputs are tokens
 
     def make(self, device: str) -> tuple[nn.Module, Tensor, Tensor]:
         """Model, input [N, ...] and labels [N], the same in every process."""
         torch.manual_seed(0)
         model = self.build()
-        images = torch.randn(self.input_shape)
+        inputs = torch.randint(self.vocabulary, self.input_shape) if self.vocabulary else torch.randn(self.input_shape)
         labels = torch.randint(CLASSES, self.input_shape[:1])
-        return model.to(device), images.to(device), labels.to(device)
+        return model.to(device), inputs.to(device), labels.to(device)
 
 
 def mlp() -> nn.Module:
@@ -89,6 +90,20 @@ class Encoder(nn.Module):
         return self.classify(self.layers(x).mean(1))
 
 
+class Recurrent(nn.Module):
+    """A recurrent layer, and a classifier on its output at all positions."""
+
+    def __init__(self, layer: type[nn.RNNBase], positions: int, inputs: int, hidden: int) -> None:
+        super().__init__()
+        self.recurrent = layer(inputs, hidden, batch_first=True)
+        self.flatten = nn.Flatten()
+        self.classify = nn.Linear(positions * hidden, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, positions, inputs] -> [N, CLASSES]."""
+        return self.classify(self.flatten(self.recurrent(x)[0]))
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2015), with group norm: samples stay independent."""
 
@@ -144,12 +159,20 @@ def curved() -> nn.Module:
     )
 
 
+def embedding() -> nn.Module:
+    """Vectors of 32 tokens, and a classifier on them."""
+    return nn.Sequential(nn.Embedding(2000, 64), nn.Flatten(), nn.Linear(32 * 64, CLASSES))
+
+
 CASES = {
     "mlp": Case("784-512-512-10, N = 128", mlp, (128, 784)),
     "3c3d": Case("DeepOBS 3c3d on CIFAR-10 shapes, N = 64", net_3c3d, (64, 3, 32, 32)),
     "seq": Case("Linear 128-512-128 on [16, 64, 128], then a classifier", seq, (16, 64, 128)),
     "encoder": Case("2-layer transformer encoder, d = 256, T = 128, N = 16", Encoder, (16, 128, 256)),
     "curved": Case("a small network with Sigmoid and Tanh on 8 x 8 images, N = 32", curved, (32, 1, 8, 8)),
+    "rnn": Case("RNN 64-128 on [32, 32, 64], then a classifier", lambda: Recurrent(nn.RNN, 32, 64, 128), (32, 32, 64)),
+    "lstm": Case("LSTM 64-128 on [32, 32, 64], the same", lambda: Recurrent(nn.LSTM, 32, 64, 128), (32, 32, 64)),
+    "embedding": Case("2000 tokens to 64 features on [32, 32], then a classifier", embedding, (32, 32), 2000),
 }
 # Whole steps of gpu_report.py.
 GPU_CASES = {

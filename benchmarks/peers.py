@@ -1,6 +1,7 @@
 """The libraries that are compared, behind one interface."""
 
 import copy
+import functools
 import importlib
 import warnings
 from contextlib import nullcontext
@@ -8,6 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from models import Recurrent
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -32,7 +34,15 @@ SECOND_ORDER = {
     "curvature together": ("DiagGGNExact", "BatchDiagGGNExact", "KFLR"),
     "DiagHessian": ("DiagHessian",),
 }
-QUANTITIES = FIRST_ORDER | SECOND_ORDER
+# Product -> (extension, vectors per parameter, whether the pass that prepares it is left out of the step).
+PRODUCTS = {
+    f"{extension} {count}{suffix}": (extension, count, bool(suffix))
+    for extension in ("HMP", "GGNMP", "PCHMP")
+    for count in (1, 10)
+    for suffix in ("", " alone")
+}
+AVERAGED = {"KFRA": ("KFRA",)}
+QUANTITIES = FIRST_ORDER | SECOND_ORDER | {name: product[:1] for name, product in PRODUCTS.items()} | AVERAGED
 # Extension -> the parameters' attribute that holds its result.
 RESULTS = {
     "BatchGrad": "grad_batch",
@@ -48,12 +58,31 @@ RESULTS = {
     "KFAC": "kfac",
     "KFLR": "kflr",
     "DiagHessian": "diag_h",
+    "HMP": "hmp",
+    "GGNMP": "ggnmp",
+    "PCHMP": "pchmp",
+    "KFRA": "kfra",
 }
 
 
 def tensors(result: Any) -> list[Tensor]:
     """The tensors of one result: one, or a list of Kronecker factors."""
     return [result] if isinstance(result, Tensor) else list(result)
+
+
+def vectors(model: nn.Module, count: int) -> dict[str, Tensor]:
+    """[count, *P] by the parameter's name, to be multiplied with curvature; the same in every process."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(10, *p.shape, generator=generator).to(p.device) for name, p in model.named_parameters()}
+    return {name: rows[:count] for name, rows in drawn.items()}
+
+
+def title_of(quantity: str) -> str:
+    """What a table calls it."""
+    if quantity not in PRODUCTS:
+        return " + ".join(QUANTITIES[quantity]) or "none"
+    extension, count, alone = PRODUCTS[quantity]
+    return f"{extension}, {count} vector{'s' if count > 1 else ''}{', without the pass' if alone else ''}"
 
 
 class Peer:
@@ -71,6 +100,9 @@ class Peer:
     def version(cls) -> str:
         """Version of the installed package; raises ImportError where there is none."""
         return importlib.import_module(cls.package).__version__
+
+    def prepare(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        """What a step with `quantity` needs, and is not part of it."""
 
     def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
         """Forward and backward pass that also computes `quantity`, one of `quantities`."""
@@ -103,15 +135,45 @@ class BackpackStyle(Peer):
     def __init__(self, model: nn.Module) -> None:
         library = importlib.import_module(self.package)
         super().__init__(model)
-        self.model = library.extend(self.model)
+        self.model = library.extend(self.model, **self.extend_options())
         self.loss = library.extend(nn.CrossEntropyLoss())
         self.backpack = library.backpack
         self.extensions = importlib.import_module(self.package + ".extensions")
+        self.vectors = functools.cache(lambda count: vectors(model, count))
+        self.products: dict[str, dict[str, Tensor]] = {}  # extension -> name of the parameter -> [V, *P]
+
+    def extend_options(self) -> dict[str, Any]:
+        """Arguments of `extend` for this model."""
+        return {}
+
+    def prepare(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        if quantity in PRODUCTS and PRODUCTS[quantity][2]:
+            self.run_pass(quantity, inputs, labels)
 
     def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        if quantity not in PRODUCTS:
+            self.run_pass(quantity, inputs, labels)
+            return
+        extension, count, alone = PRODUCTS[quantity]
+        if not alone:
+            self.run_pass(quantity, inputs, labels)
+        rows = self.vectors(count)
+        self.products[extension] = {
+            name: getattr(p, RESULTS[extension])(rows[name]) for name, p in self.model.named_parameters()
+        }
+
+    def results(self, extension: str) -> dict[str, Any]:
+        return self.products[extension] if extension in self.products else super().results(extension)
+
+    def drop(self) -> None:
+        super().drop()
+        self.products.clear()
+
+    def run_pass(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
+        """Forward and backward pass with the quantity's extensions."""
         extensions = [getattr(self.extensions, name)() for name in QUANTITIES[quantity]]
-        # Only the second order needs a loss that is prepared.
-        loss = (self.loss if quantity in SECOND_ORDER else cross_entropy)(self.model(inputs), labels)
+        # The first order needs no loss that is prepared.
+        loss = (cross_entropy if quantity in FIRST_ORDER else self.loss)(self.model(inputs), labels)
         with self.backpack(*extensions) if extensions else nullcontext():
             loss.backward()
 
@@ -134,6 +196,10 @@ class Backpack(BackpackStyle):
     def version(cls) -> str:
         importlib.import_module(cls.package)  # an ImportError names the package
         return version("backpack-for-pytorch")
+
+    def extend_options(self) -> dict[str, Any]:
+        # Its second order needs a module for everything; the converter makes them.
+        return {"use_converter": isinstance(self.model, Recurrent)}
 
     def step(self, quantity: str, inputs: Tensor, labels: Tensor) -> None:
         # Opacus brings opt_einsum along, which torch then uses for everybody.

@@ -1,7 +1,7 @@
 """Benchmark against BackPACK and Opacus (`make bench`).
 
     python benchmarks/run.py                    everything; rewrites benchmarks/results/ and docs/benchmarks.md
-    python benchmarks/run.py --order second     one order of derivatives anew; the other's results are kept
+    python benchmarks/run.py --order second     one part of it anew; the others' results are kept
     python benchmarks/run.py --models mlp,seq   a part of it; printed, and written only with --out
     python benchmarks/run.py --quick            a smoke test of a few seconds
 
@@ -26,32 +26,48 @@ import report
 import torch
 from measure import Options, in_new_process, measure_memory, time_model
 from models import CASES
-from peers import FIRST_ORDER, LIBRARIES, QUANTITIES, SECOND_ORDER
+from peers import AVERAGED, FIRST_ORDER, LIBRARIES, PRODUCTS, QUANTITIES, SECOND_ORDER
 
 FOLDER = Path(__file__).resolve().parent
 # The smoke test: one thread, since two wait for each other on a machine that is busy with other tests.
-QUICK = {"models": ["mlp"], "quantities": ["none", "BatchL2Grad", "together", "KFAC"], "rounds": 2, "threads": 1}
+QUICK = {
+    "models": ["mlp"],
+    "quantities": ["none", "BatchL2Grad", "together", "KFAC", "GGNMP 1"],
+    "rounds": 2,
+    "threads": 1,
+}
 
 
 @dataclass(frozen=True)
 class Order:
-    """Quantities that are measured together, in one process per model."""
+    """Cells that are measured together, in one process per model."""
 
-    quantities: Collection[str]
-    models: Collection[str]
+    quantities: dict[str, Collection[str]]  # by the model
     rounds: int
     once_seconds: float = Options.once_seconds
+    libraries: Collection[str] = tuple(LIBRARIES)
 
 
+NETWORKS = ("mlp", "3c3d", "seq", "encoder")
+# What BackPACK has of recurrent layers and embeddings, in as many forms.
+LAYERS = [*list(FIRST_ORDER)[1:5], "DiagGGNExact", "DiagGGNMC", "BatchDiagGGNMC"]
 ORDERS = {
-    "first": Order(FIRST_ORDER, CASES.keys() - {"curved"}, Options.rounds),
-    "second": Order(SECOND_ORDER, CASES, 5, once_seconds=3.0),  # some ten minutes in all
+    "first": Order(dict.fromkeys(NETWORKS, FIRST_ORDER), Options.rounds),
+    # Where all activations are piecewise linear, the Hessian's diagonal is that of the GGN; attention refuses it.
+    "second": Order(
+        dict.fromkeys(NETWORKS, SECOND_ORDER.keys() - {"DiagHessian"}) | {"curved": SECOND_ORDER},
+        5,
+        once_seconds=3.0,  # some ten minutes in all
+        libraries=LIBRARIES.keys() - {"opacus"},
+    ),
+    "more": Order(
+        {"mlp": PRODUCTS | AVERAGED, "3c3d": PRODUCTS, "curved": PRODUCTS | AVERAGED}
+        | dict.fromkeys(("rnn", "lstm", "embedding"), LAYERS),
+        5,
+        once_seconds=3.0,
+        libraries=LIBRARIES.keys() - {"opacus"},
+    ),
 }
-
-
-def is_due(model: str, quantity: str) -> bool:
-    """Where all activations are piecewise linear, the Hessian's diagonal is that of the GGN; attention refuses it."""
-    return model == "curved" or quantity != "DiagHessian"
 
 
 def installed(libraries: list[str]) -> dict[str, str]:
@@ -97,6 +113,8 @@ def measure_model(model: str, cells: list[tuple[str, str]], options: Options, me
     """Memory, then time, of all `cells` of one model; a cell whose process dies is left out of the timing."""
     peaks: dict[tuple[str, str], dict[str, Any]] = {}
     for library, quantity in cells if memory else []:
+        if quantity in PRODUCTS and PRODUCTS[quantity][2]:
+            continue  # most of it is in the pass that is left out
         show(f"{model}: memory of {LIBRARIES[library].title}, {quantity}")
         try:
             peaks[library, quantity] = in_new_process(measure_memory, model, library, quantity, options)
@@ -136,11 +154,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     default = Options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--order", type=names(ORDERS), default=list(ORDERS), help="of derivatives: first,second")
+    parser.add_argument("--order", type=names(ORDERS), default=list(ORDERS), help=f"of {','.join(ORDERS)}")
     parser.add_argument("--models", type=names(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--libraries", type=names(LIBRARIES), help=f"of {','.join(LIBRARIES)}")
     parser.add_argument("--quantities", type=names(QUANTITIES), help=f"of {','.join(QUANTITIES)}")
-    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, second order 5)")
+    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, beyond the first order 5)")
     parser.add_argument("--warm-steps", type=int, default=default.warm_steps, help="untimed steps before each")
     parser.add_argument("--threads", type=int, help=f"of torch (default {default.threads})")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the order within a round")
@@ -170,12 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
             seed=args.seed,
         )
         chosen = args.quantities or preset.get("quantities", QUANTITIES)
-        taking_part = {lib: v for lib, v in versions.items() if set(order.quantities) & set(LIBRARIES[lib].quantities)}
+        taking_part = {library: version for library, version in versions.items() if library in order.libraries}
         run = conditions(options, taking_part) | {"models": {}}
         for model in args.models or preset.get("models", CASES):
-            quantities = [q for q in chosen if q in order.quantities and is_due(model, q)]
+            quantities = [q for q in chosen if q in order.quantities.get(model, ())]
             cells = [(lib, q) for lib in taking_part for q in quantities if q in LIBRARIES[lib].quantities]
-            if model in order.models and cells:
+            if cells:
                 run["models"][model] = measure_model(model, cells, options, memory=not args.no_memory)
                 print(report.model_table(model, run), flush=True)
         if run["models"]:

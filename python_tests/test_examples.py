@@ -334,7 +334,7 @@ def test_benchmark_runs(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, env=subprocess_environment(), cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     results = json.loads(out.read_text())
-    expected = {"first": {"none", "BatchL2Grad", "together"}, "second": {"KFAC"}}
+    expected = {"first": {"none", "BatchL2Grad", "together"}, "second": {"KFAC"}, "more": {"GGNMP 1"}}
     assert results.keys() == expected.keys()
     for order, quantities in expected.items():
         cells = results[order]["models"]["mlp"]["cells"]
