@@ -21,12 +21,19 @@ struct Operand {
                           // follows at a comma
 };
 
+struct MmaShape {
+  const char* opcode;
+  MmaElement element;
+  int depth, a_registers, b_registers;
+};
+
 struct Instruction {
   string predicate;  // empty: always executed
   bool negated = false;
   string opcode;
   vector<string> modifiers;  // the opcode, split at its dots
   vector<Operand> operands;
+  const MmaShape* mma = nullptr;  // of most instructions that are executed: told apart by comparing once
 };
 
 struct Program {
@@ -46,7 +53,9 @@ class Execution {
         const bool holds = registers_value(now_->predicate) != 0;
         if (holds == now_->negated) continue;
       }
-      if (now_->opcode == "bra" || now_->opcode == "bra.uni") {
+      if (now_->mma) {
+        mma(*now_->mma);
+      } else if (now_->opcode == "bra" || now_->opcode == "bra.uni") {
         const auto target = program.labels.find(operand(0).name);
         if (target == program.labels.end()) bad("unknown label " + operand(0).name);
         next = target->second;
@@ -142,7 +151,7 @@ class Execution {
   }
 
   void step();
-  void mma();
+  void mma(const MmaShape& shape);
   void ldmatrix();
   void cp_async();
   void setp();

@@ -16,6 +16,14 @@ string trim(const string& text) {
   return first == string::npos ? "" : text.substr(first, text.find_last_not_of(" \t\n\r") - first + 1);
 }
 
+const MmaShape mma_shapes[] = {
+    {"mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 4, 2, 1},
+    {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 8, 4, 2},
+    {"mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 8, 2, 1},
+    {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 16, 4, 2},
+    {"mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 8, 2, 1},
+    {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 16, 4, 2}};
+
 // Splits at separators outside brackets.
 vector<string> split(const string& text, char separator) {
   vector<string> parts;
@@ -132,6 +140,9 @@ class Parser {
     const size_t end = text.find_first_of(" \t\n[");
     result.opcode = text.substr(0, end);
     result.modifiers = split(result.opcode, '.');
+    for (const MmaShape& shape : mma_shapes) {
+      if (result.opcode == shape.opcode) result.mma = &shape;
+    }
     if (end != string::npos) {
       for (const string& part : split(text.substr(end), ',')) result.operands.push_back(operand(part));
     }
@@ -146,7 +157,7 @@ class Parser {
 
 void Execution::step() {
   const string& opcode = now_->opcode;
-  if (opcode_starts("mma.sync.aligned.")) return mma();
+  if (opcode_starts("mma.sync.aligned.")) bad("unsupported mma shape or type");
   if (opcode_starts("ldmatrix.sync.aligned.m8n8.")) return ldmatrix();
   if (opcode_starts("cp.async.ca.shared.global") || opcode_starts("cp.async.cg.shared.global"))
     return cp_async();
@@ -167,31 +178,18 @@ void Execution::step() {
   bad("unsupported instruction");
 }
 
-void Execution::mma() {
-  struct Shape {
-    const char* opcode;
-    MmaElement element;
-    int depth, a_registers, b_registers;
-  };
-  static const Shape shapes[] = {
-      {"mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 4, 2, 1},
-      {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", MmaElement::kTf32, 8, 4, 2},
-      {"mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 8, 2, 1},
-      {"mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", MmaElement::kBFloat16, 16, 4, 2},
-      {"mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 8, 2, 1},
-      {"mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32", MmaElement::kFloat16, 16, 4, 2}};
-  for (const Shape& shape : shapes) {
-    if (now_->opcode != shape.opcode) continue;
-    uint32_t a[4], b[2];
-    float c[4], d[4];
-    for (int r = 0; r < shape.a_registers; ++r) a[r] = get_word(vector_operand(1, shape.a_registers)[r]);
-    for (int r = 0; r < shape.b_registers; ++r) b[r] = get_word(vector_operand(2, shape.b_registers)[r]);
-    for (int r = 0; r < 4; ++r) c[r] = get_float(vector_operand(3, 4)[r]);
-    multiply_accumulate(shape.opcode, shape.element, shape.depth, d, a, b, c, site_);
-    for (int r = 0; r < 4; ++r) set_float(vector_operand(0, 4)[r], d[r]);
-    return;
-  }
-  bad("unsupported mma shape or type");
+void Execution::mma(const MmaShape& shape) {
+  uint32_t a[4], b[2];
+  float c[4], d[4];
+  const auto& a_operands = vector_operand(1, shape.a_registers);
+  const auto& b_operands = vector_operand(2, shape.b_registers);
+  const auto& c_operands = vector_operand(3, 4);
+  const auto& d_operands = vector_operand(0, 4);
+  for (int r = 0; r < shape.a_registers; ++r) a[r] = get_word(a_operands[r]);
+  for (int r = 0; r < shape.b_registers; ++r) b[r] = get_word(b_operands[r]);
+  for (int r = 0; r < 4; ++r) c[r] = get_float(c_operands[r]);
+  multiply_accumulate(shape.opcode, shape.element, shape.depth, d, a, b, c, site_);
+  for (int r = 0; r < 4; ++r) set_float(d_operands[r], d[r]);
 }
 
 void Execution::ldmatrix() {
