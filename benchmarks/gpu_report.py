@@ -49,7 +49,7 @@ from gpu_shapes import FAMILIES, PRECISIONS, RESNET50, Group, groups, leading_gr
 from gpu_tables import markdown
 from measure import Options, in_new_process, time_model
 from models import EVERY_CASE, GPU_CASES, SMALL_GPU_CASES
-from peers import EVERY_LIBRARY, QUANTITIES
+from peers import EVERY_LIBRARY, FIRST_ORDER, SECOND_ORDER
 from run import commit, cpu_name, names
 
 FOLDER = Path(__file__).resolve().parent
@@ -327,7 +327,7 @@ def run_steps(report: Report, results: dict[str, Any]) -> None:
 def due_steps(report: Report) -> list[tuple[str, tuple[str, ...]]]:
     """Models with the quantities that are measured together, the most important first."""
     models = list(GPU_CASES if report.cuda else SMALL_GPU_CASES)
-    others = tuple(q for q in QUANTITIES if q not in LEADING_QUANTITIES)
+    others = tuple(q for q in FIRST_ORDER | SECOND_ORDER if q not in LEADING_QUANTITIES)
     leading = [(name, LEADING_QUANTITIES) for name in models]
     if not report.cuda:  # one process is enough to see that they run
         return [*leading, (models[0], others)]
