@@ -22,8 +22,9 @@ class Point:
 
     def __init__(self, node: Node, outputs: Sequence[int], batch_size: int):
         self.node = node
-        self.edges = [GradientEdge(node, i) for i in sorted(outputs)]
-        self.metadata = [node._input_metadata[i] for i in sorted(outputs)]  # shape [N * R, *], dtype, device
+        metadata, outputs = node._input_metadata, sorted(outputs)
+        self.edges = [GradientEdge(node, i) for i in outputs]
+        self.metadata = [metadata[i] for i in outputs]  # shape [N * R, *], dtype, device
         self.sizes = [prod(m.shape) // max(batch_size, 1) if batch_size else prod(m.shape[1:]) for m in self.metadata]
         self.features = sum(self.sizes)  # D
         self._parent: weakref.ref[Point] | None = None  # no cycle, which would keep the graph

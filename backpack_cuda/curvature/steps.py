@@ -54,6 +54,8 @@ _SAME_FOR_ALL = _UNCHANGED | frozenset(
 # The same in the operand of this index, where it alone depends on the samples.
 _SAME_IN = {"Mm": 0, "Addmm": 1, "Linear": 0, "Convolution": 0}
 
+_SMALL = 128  # below, torch's product is faster than the kernel for symmetric ones
+
 _MAX_POOLINGS = {  # -> the number of pooled dims
     "MaxPool2DWithIndices": 2,
     "MaxPool3DWithIndices": 3,
@@ -147,7 +149,10 @@ class _Elementwise(Step):
         features = self.point.features
         rows = self._rows_at_a_time(features)
         if rows >= features or torch.is_grad_enabled():
-            averaged = dispatch.linear_kron_factor(slopes, 1 / self.batch_size)
+            if features < _SMALL:
+                averaged = (slopes / self.batch_size).t() @ slopes
+            else:
+                averaged = dispatch.linear_kron_factor(slopes, 1 / self.batch_size)
             return matrix.mul_(averaged) if owned else matrix * averaged
         averaged = slopes.t() / self.batch_size
         matrix = matrix if owned else matrix.clone()
