@@ -186,13 +186,20 @@ def module_extension(library: Library):
     return after_step_of(library, nn.Sequential(Scale(), model()), extension)[0].weight.grad_batch
 
 
+class Softmax:
+    """The derivatives of a loss of one's own, as far as a Gauss-Newton diagonal needs them."""
+
+    def sqrt_hessian(self, module, g_inp, g_out, **options) -> Tensor:
+        p = module.input0.detach().softmax(1)  # [N, C]
+        columns = torch.diag_embed(p.sqrt()) - p[:, :, None] * p.sqrt()[:, None]  # [N, C, V]
+        return columns.permute(2, 0, 1) / len(p) ** 0.5
+
+
 def diag_ggn_loss(library: Library):
-    """The advice to users of losses of their own: the rule of one that is known."""
+    """The advice to users of losses of their own."""
     loss = type("OwnLoss", (nn.CrossEntropyLoss,), {})
     extension = library("extensions.secondorder.diag_ggn.DiagGGNExact")()
-    derivatives = library("core.derivatives.crossentropyloss.CrossEntropyLossDerivatives")()
-    rule = library("extensions.secondorder.diag_ggn.losses.DiagGGNLoss")(derivatives)
-    extension.set_module_extension(loss, rule)
+    extension.set_module_extension(loss, library("extensions.secondorder.diag_ggn.losses.DiagGGNLoss")(Softmax()))
     extended = library("extend")(model())
     value = library("extend")(loss())(extended(X), Y)
     with library("backpack")(extension):
@@ -324,10 +331,19 @@ def batch_norm_error(library: Library):
 
 
 def accumulate(library: Library):
-    return library("extensions.DiagGGNExact")().accumulate_backpropagated_quantities(X, X)
+    """Of an own quantity that does not define it."""
+
+    class Own(library("extensions.backprop_extension.BackpropExtension")):
+        def expects_backpropagation_quantities(self):
+            return True
+
+    try:
+        Own("own", {}).accumulate_backpropagated_quantities(X, X)
+    except NotImplementedError:
+        return "NotImplementedError"
 
 
-SECOND_HALF = "extensions.backprop_extension."
+BASE = "extensions.backprop_extension."
 SECTIONS: dict[str, list[Name]] = {
     "The package": [
         Name("extend", extend, "functional code between the modules is free; `use_converter=True` converts nothing"),
@@ -376,9 +392,9 @@ SECTIONS: dict[str, list[Name]] = {
     ],
     "Base classes and options of quantities": [
         Name("extensions.backprop_extension.BackpropExtension", own_extension),
-        Name("extensions.backprop_extension.FAIL_ERROR", lambda library: library(SECOND_HALF + "FAIL_ERROR")),
-        Name("extensions.backprop_extension.FAIL_WARN", lambda library: library(SECOND_HALF + "FAIL_WARN")),
-        Name("extensions.backprop_extension.FAIL_SILENT", lambda library: library(SECOND_HALF + "FAIL_SILENT")),
+        Name("extensions.backprop_extension.FAIL_ERROR", lambda library: library(BASE + "FAIL_ERROR")),
+        Name("extensions.backprop_extension.FAIL_WARN", lambda library: library(BASE + "FAIL_WARN")),
+        Name("extensions.backprop_extension.FAIL_SILENT", lambda library: library(BASE + "FAIL_SILENT")),
         Name("BackpropExtension.savefield", lambda library: library("extensions.KFLR")().savefield),
         Name("BackpropExtension.set_module_extension", module_extension),
         Name(
@@ -396,7 +412,11 @@ SECTIONS: dict[str, list[Name]] = {
                 library(f"extensions.{name}")().expects_backpropagation_quantities() for name in ("BatchGrad", "KFLR")
             ],
         ),
-        Name("BackpropExtension.accumulate_backpropagated_quantities", accumulate),
+        Name(
+            "BackpropExtension.accumulate_backpropagated_quantities",
+            accumulate,
+            "for quantities of one's own; autograd adds up those of the library",
+        ),
         Name("DiagGGNMC.get_num_mc_samples", lambda library: library("extensions.DiagGGNMC")(3).get_num_mc_samples()),
         Name(
             "KFAC.get_curv_type, get_loss_hessian_strategy, get_backprop_strategy, get_ea_strategy",
@@ -584,7 +604,7 @@ SECTIONS: dict[str, list[Name]] = {
         ),
     ],
     "Derivatives": [
-        Name("core.derivatives.convnd.weight_jac_t_save_memory", save_memory, "accepted; memory is never needed for V"),
+        Name("core.derivatives.convnd.weight_jac_t_save_memory", save_memory, "accepted; changes nothing"),
     ],
 }
 
