@@ -62,6 +62,10 @@ class _Constant:
         self.tensor = tensor
         self.version: int | None = None
 
+    def remember_version(self) -> None:
+        """From now on a change in place is an error."""
+        self.version = None if self.tensor.is_inference() else self.tensor._version
+
     def __call__(self) -> Tensor:
         if self.version is not None and self.tensor._version != self.version:
             raise RuntimeError(
@@ -78,7 +82,7 @@ class _Constants:
     Args:
         changing: parameters and running statistics, which change between backward passes (the latter without a sign of
             it): the maps keep copies of those they need.
-        attached: leave everything differentiable, and nothing copied, for `create_graph=True`.
+        attached: leave the layers' inputs differentiable, for `create_graph=True`.
         copies: by the original's address the copies so far, for all recordings of a loss.
     """
 
@@ -89,18 +93,27 @@ class _Constants:
         self._found: list[_Constant] = []
 
     def keep(self, tensor: Tensor) -> _Constant:
+        """What autograd saves; it knows itself what the tensor depends on."""
         while _functorch.is_gradtrackingtensor(tensor):
             tensor = _functorch.get_unwrapped(tensor)
         constant = _Constant(tensor)
         self._found.append(constant)
         return constant
 
+    def keep_input(self, tensor: Tensor) -> _Constant:
+        """What a layer multiplies with."""
+        constant = _Constant(tensor)
+        if self._attached:
+            constant.remember_version()
+        else:
+            self._found.append(constant)
+        return constant
+
     def finish(self) -> None:
         """Detaches all from the model's graph and its parameters. Not while a level is open."""
         for constant in self._found:
-            if not self._attached:
-                constant.tensor = self._own(constant.tensor.detach())
-            constant.version = None if constant.tensor.is_inference() else constant.tensor._version
+            constant.tensor = self._own(constant.tensor.detach())
+            constant.remember_version()
         self._found.clear()
 
     def _own(self, tensor: Tensor) -> Tensor:
@@ -173,7 +186,7 @@ class _AtOutput:
 
     def keep(self, constants: _Constants) -> None:
         input, _ = self.node.saved_tensors
-        self.input = None if input is None else constants.keep(input)
+        self.input = None if input is None else constants.keep_input(input)
 
     def maps(self, parameter: nn.Parameter) -> tuple[Map, Map]:
         """From the parameter to here, and its transpose."""
