@@ -6,8 +6,8 @@ we are right or refuse. A test that fails because BackPACK got better is a line 
 
 import pytest
 import torch
-from backpack_matrix import COLUMNS, LETTERS, ROWS, VERDICTS
-from backpack_verdicts import after_one_step, verdict
+from backpack_matrix import COLUMNS, LETTERS, RAISES, ROWS, VERDICTS
+from backpack_verdicts import after_one_step, reference, verdict
 from torch import nn
 
 import backpack_cuda as bp
@@ -30,6 +30,21 @@ def test_cell(name, column):
     assert found == LETTERS[ours], f"ours: {evidence!r}"
     if ours == "-":
         assert isinstance(evidence, NotImplementedError) and len(str(evidence)) > 40
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_all_quantities_at_once(name):
+    """In one backward pass, in few columns at a time: each as if it were alone."""
+    row, expected = ROWS[name], reference(name)
+    columns = [column for column, ours in zip(COLUMNS, VERDICTS[name][1], strict=True) if LETTERS[ours] != RAISES]
+    extensions = [getattr(bp.extensions, extension)() for column in columns for extension in COLUMNS[column]]
+    model, loss_function = bp.extend(row.model("backpack_cuda")), bp.extend(row.loss().double())
+    with bp.backpack(*extensions, memory_budget=300):
+        loss_function(model(expected.inputs), expected.targets).backward()
+    for parameter_name, parameter in model.named_parameters():
+        for ext in extensions:
+            value = getattr(parameter, ext.savefield)
+            assert expected.is_right(parameter_name, ext.savefield, value, torch.float64) is not False, ext
 
 
 def test_dropout_in_train_mode():
