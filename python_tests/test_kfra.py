@@ -795,6 +795,22 @@ def test_frozen_parameters(frozen, device):
     assert_same(factors_of(model), expected, 1e-12)
 
 
+def test_other_parameters_in_the_next_pass(device):
+    """The same model, with fewer results wanted: those that are there do not change."""
+    model, inputs = prepared(lambda: tokens(Attention(4)))
+    inputs, targets = inputs.to(device), torch.randint(3, (len(inputs),)).to(device)
+    model.to(device)
+    kfra = KFRA(fail_mode="SILENT")
+    backward(model, nn.CrossEntropyLoss(), inputs, targets, kfra)
+    whole = factors_of(model)
+    for chosen in (["4.weight"], ["2.bias"], ["1.attention.out_proj.bias", "4.bias"], ["0.weight"], list(whole)):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+            parameter.__dict__.pop("kfra", None)
+        backward(model, nn.CrossEntropyLoss(), inputs, targets, kfra)
+        assert_same(factors_of(model), {name: q if name in chosen else {} for name, q in whole.items()}, 1e-12)
+
+
 def test_shared_parameters_are_refused():
     layer = nn.Linear(3, 3)
     model = nn.Sequential(layer, nn.Tanh(), layer)

@@ -200,7 +200,9 @@ class AveragedSweep(Sweep):
         if count < 2:
             return points
         known = _known_apart.setdefault(self.layers[0].module, {})
-        key = (self.prediction.shape, self.structure)
+        # Which points there are depends on the parameters that are asked for, too.
+        places = tuple((point.node.name(), *(tuple(m.shape) for m in point.metadata)) for point in points)
+        key = (self.prediction.shape, self.structure, places)
         if key not in known:
             verdicts = self._verdicts(points)
             chosen = [i for i, verdict in enumerate(verdicts) if verdict]
