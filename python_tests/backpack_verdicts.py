@@ -10,6 +10,7 @@ from backpack_matrix import ANSWERS, COLUMNS, MISSING, RAISES, RIGHT, ROWS, WRON
 from curvature_oracle import Curvature, curvature, hessian_diagonals, square_root
 from curvature_tools import expected_factors
 from oracle import Stats, from_per_sample
+from recurrent_oracle import recurrent_factors
 from sequential_oracle import averaged, output_factor, positive_blocks, steps
 from torch import Tensor, nn
 
@@ -44,7 +45,9 @@ class Reference:
 
     @cached_property
     def factors(self) -> dict[str, list[Tensor]]:
-        factors = expected_factors(self.model, self.inputs, square_root(self.curvature.hessian), "backpack")
+        roots = square_root(self.curvature.hessian)
+        factors = expected_factors(self.model, self.inputs, roots, "backpack")
+        factors |= recurrent_factors(self.model, lambda n: self.model(self.inputs[n : n + 1]), roots)
         for name, parameter in self.parameters.items():
             module = self.model.get_submodule(name.rpartition(".")[0])
             if name not in factors and parameter.dim() == 1 and not isinstance(module, nn.RNNBase):

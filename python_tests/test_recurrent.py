@@ -18,6 +18,7 @@ from curvature_tools import assert_exact_ggn, assert_factors
 from helpers import assert_close, examples
 from oracle import from_per_sample, per_sample_gradients
 from property_testing import given, settings, st
+from recurrent_oracle import recurrent_factors
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -220,87 +221,36 @@ def test_second_order(case):
     assert_exact_ggn(model, expected, 1e-8)
 
 
-# ---- Kronecker factors: rows and columns of every use, from stock cells ----
-
-
-def uses_by_cells(case: Case, model: Reader, x: Tensor, n: int, roots: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """By weight the rows it multiplies [T_n, I] and the columns [V, T_n, O] there, of a module of one layer.
-
-    For sample n, from a loop over positions whose gates' arguments are leaves of autograd. roots [V, 3].
-    """
-    module, length = model.recurrent, case.length if case.lengths is None else int(case.lengths[n])
-    xs = model.front(x[n]).detach()[:length]
-    weights = {name: p.detach() for name, p in module.named_parameters()}
-    h = c = torch.zeros(module.hidden_size, dtype=x.dtype)
-    befores, from_input, from_hidden, hs = [], [], [], []
-    for row in xs:
-        befores.append(h.detach())
-        a = (weights["weight_ih_l0"] @ row + weights["bias_ih_l0"]).requires_grad_()
-        b = weights["weight_hh_l0"] @ h + weights["bias_hh_l0"]
-        b = b if b.requires_grad else b.requires_grad_()
-        from_input.append(a)
-        from_hidden.append(b)
-        if case.kind == "gru":
-            (ar, az, an), (br, bz, bn) = a.chunk(3), b.chunk(3)
-            z = (az + bz).sigmoid()
-            h = (1 - z) * (an + (ar + br).sigmoid() * bn).tanh() + z * h
-        elif case.kind == "lstm":
-            i, f, g, o = (a + b).chunk(4)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        else:
-            h = (a + b).tanh()
-        hs.append(h)
-    output = torch.cat([torch.stack(hs), torch.zeros(case.length - length, module.hidden_size, dtype=x.dtype)])
-    prediction = output.flatten() @ model.output + h @ model.last
-    if case.kind == "lstm":
-        prediction = prediction + c @ model.cell
-    columns = [torch.autograd.grad(prediction @ root, from_input + from_hidden, retain_graph=True) for root in roots]
-    columns = torch.stack([torch.stack(column) for column in columns])  # [V, 2 T_n, G]
-    return {"ih": (xs, columns[:, :length]), "hh": (torch.stack(befores), columns[:, length:])}
-
-
 @pytest.mark.parametrize("convention", ["backpack", "expand", "reduce"])
-@pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["batch first", "packed, unsorted"])
 def test_kronecker_factors(kind, layout, convention):
-    case = Case(kind, layout)
+    """Positions behind a sample's end do not count."""
+    case = Case(kind, layout, layers=2, bidirectional=kind != "lstm")
     model, (x, _) = build(case), inputs_of(case)
     targets = torch.randn(3, 3, dtype=torch.float64)
     outputs = torch.cat([one(case, model, x, None, n) for n in range(3)]).detach()
     roots = square_root(loss_hessian(lambda f: nn.functional.mse_loss(f, targets), outputs))  # [V, N, 3]
-    uses = [uses_by_cells(case, model, x, n, roots[:, n]) for n in range(3)]
-    rows_in_all = sum(len(use["ih"][0]) for use in uses)
-    expected = {}
-    for which in ("ih", "hh"):
-        a, b = 0, 0
-        for use in uses:
-            rows, columns = use[which]
-            if convention == "reduce":
-                rows, columns = rows.mean(0, keepdim=True), columns.sum(1, keepdim=True)
-            a = a + rows.mT @ rows / (3 if convention == "reduce" else rows_in_all)
-            b = b + columns.flatten(0, 1).mT @ columns.flatten(0, 1)
-        expected[f"recurrent.weight_{which}_l0"] = [b, a]
-        expected[f"recurrent.bias_{which}_l0"] = [b]
+    expected = recurrent_factors(model, lambda n: one(case, model, x, None, n), roots, convention)
     with backpack(KFLR(convention=convention)):
         extend(nn.MSELoss())(extend(model)(x, None, case.lengths), targets).backward()
+    assert len(expected) == len(list(model.recurrent.parameters()))
     assert_factors(model, "kflr", expected)
 
 
-def test_empirical_factors_of_packed_sequences():
+@pytest.mark.parametrize("layout", ["batch first", "packed, unsorted"])
+def test_empirical_factors(layout):
     """KFAC(fisher="empirical") takes the ordinary gradients' rows."""
-    case = Case("tanh", "packed, unsorted")
+    case = Case("gru", layout)
     model, (x, _) = build(case), inputs_of(case)
     targets = torch.randn(3, 3, dtype=torch.float64)
-    prediction = torch.cat([one(case, model, x, None, n) for n in range(3)]).detach()
-    a, b = 0, 0
-    for n in range(3):
-        rows, columns = uses_by_cells(case, model, x, n, (2 * (prediction - targets) / 9)[n : n + 1])["hh"]
-        a, b = a + rows.mT @ rows, b + columns[0].mT @ columns[0]
+    outputs = torch.cat([one(case, model, x, None, n) for n in range(3)]).detach()
+    roots = 2 * (outputs - targets)[None] / 9
+    expected = recurrent_factors(model, lambda n: one(case, model, x, None, n), roots)
+    expected = {name: [b * 9, *a] for name, (b, *a) in expected.items()}  # the mean over 9 entries enters once
     with backpack(KFAC(fisher="empirical")):
         extend(nn.MSELoss())(extend(model)(x, None, case.lengths), targets).backward()
-    factors = [b * 9, a / case.lengths.sum()]  # the mean over 9 entries enters once
-    assert_factors(model, "kfac", {"recurrent.weight_hh_l0": factors}, 1e-8)
+    assert_factors(model, "kfac", expected)
 
 
 # ---- dropout ----
