@@ -78,19 +78,17 @@ def recurrent_uses(model: nn.Module, sample: Callable[[int], Tensor], roots: Ten
                 for which, products in loop.products.items():
                     kind, _, suffix = which.partition("_")
                     rows, leaves = zip(*products, strict=True)
-                    columns = [
-                        torch.stack(
-                            torch.autograd.grad(output @ root, leaves, retain_graph=True, materialize_grads=True)
-                        )
-                        for root in roots[:, n]
-                    ]
-                    found.setdefault(f"{name}.weight_{kind}_{suffix}", []).append(
-                        (torch.stack(rows), torch.stack(columns))
-                    )
+                    columns = [torch.stack(_gradients(output @ root, leaves)) for root in roots[:, n]]
+                    both = torch.stack(rows), torch.stack(columns)
+                    found.setdefault(f"{name}.weight_{kind}_{suffix}", []).append(both)
     finally:
         for name, module in modules.items():
             _replace(model, name, module)
     return found
+
+
+def _gradients(scalar: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(scalar, tensors, retain_graph=True, materialize_grads=True)
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
