@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+sigmoid_backward = torch.ops.aten.sigmoid_backward  # of (g, y): g y (1 - y)
+tanh_backward = torch.ops.aten.tanh_backward  # of (g, y): g (1 - y^2)
+
+
 class CellCall(NamedTuple):
     """One layer and direction of a recurrent module's call, positions in the direction's own order."""
 
@@ -31,6 +35,14 @@ class CellCall(NamedTuple):
             F.linear(self.input, weights["weight_ih"], weights.get("bias_ih")),
             F.linear(self.before, weights["weight_hh"], weights.get("bias_hh")),
         )
+
+    def arguments(self) -> Tensor:
+        """[N, T, G]: the sum of both."""
+        weights = self.weights
+        bias = weights["bias_ih"] + weights["bias_hh"] if "bias_ih" in weights else None
+        from_input = F.linear(self.input, weights["weight_ih"], bias)
+        arguments = torch.addmm(from_input.flatten(0, 1), self.before.flatten(0, 1), weights["weight_hh"].t())
+        return arguments.view_as(from_input)
 
 
 class CellGradients(NamedTuple):
@@ -128,7 +140,7 @@ class TanhCell(_Elman):
 
     @staticmethod
     def _derivative(hidden: Tensor) -> Tensor:
-        return 1 - hidden.square()
+        return tanh_backward(torch.ones_like(hidden), hidden)
 
 
 class ReluCell(_Elman):
@@ -144,8 +156,7 @@ class LSTMCell(Cell):
 
     def __init__(self, call: CellCall):
         super().__init__(call)
-        from_input, from_hidden = call.products()
-        i, f, g, o = (from_input + from_hidden).chunk(4, -1)  # [N, T, H] each
+        i, f, g, o = call.arguments().chunk(4, -1)  # [N, T, H] each
         i, f, g, o = self._masked(i.sigmoid()), f.sigmoid(), g.tanh(), o.sigmoid()
         if call.valid is not None:
             f = torch.where(call.valid != 0, f, 1.0)
@@ -154,9 +165,10 @@ class LSTMCell(Cell):
             states.append(torch.addcmul(new, forget, states[-1]))
         before, tanh = torch.stack(states[:-1], 1), torch.stack(states[1:], 1).tanh()
         # Derivatives of c_t by the arguments of i, f, g; of h_t by that of o; of h_t by c_t; of c_t by c_{t-1}.
-        self._gates = torch.stack([g * i * (1 - i), before * f * (1 - f), i * (1 - g.square())], 2).unbind(1)
-        self._output_gate = self._masked(tanh * o * (1 - o)).unsqueeze(2).unbind(1)
-        self._out = self._masked(o * (1 - tanh.square())).unbind(1)
+        gates = [sigmoid_backward(g, i), sigmoid_backward(before, f), tanh_backward(i, g)]
+        self._gates = torch.stack(gates, 2).unbind(1)
+        self._output_gate = self._masked(sigmoid_backward(tanh, o)).unsqueeze(2).unbind(1)
+        self._out = self._masked(tanh_backward(o, tanh)).unbind(1)
         self._forget = f.unbind(1)
         self.projected = self._masked(o * tanh) if "weight_hr" in call.weights else None  # [N, T, H]
 
@@ -198,9 +210,9 @@ class GRUCell(Cell):
         hidden_r, hidden_z, hidden_n = from_hidden.chunk(3, -1)
         r, z = (input_r + hidden_r).sigmoid(), (input_z + hidden_z).sigmoid()
         n = (input_n + r * hidden_n).tanh()
-        by_n = (1 - z) * (1 - n.square())
-        by_z = (call.before - n) * z * (1 - z)
-        by_r = by_n * hidden_n * r * (1 - r)
+        by_n = tanh_backward(1 - z, n)
+        by_z = sigmoid_backward(call.before - n, z)
+        by_r = sigmoid_backward(by_n * hidden_n, r)
         # Derivatives of h_t by the arguments of r, z, n; again with what r multiplies in the place of the last.
         factors = torch.stack([by_r, by_z, by_n, by_r, by_z, by_n * r], 2)
         self._gates = self._masked(factors).unbind(1)

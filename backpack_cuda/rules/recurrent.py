@@ -156,9 +156,10 @@ def recurrent_forward(module: nn.RNNBase, stock_forward: Callable, input: Tensor
     weights = {name: module._parameters[name] for name in module._flat_weights_names}
     inputs = dict(zip(INPUTS, (data, *states), strict=False))
     sequences = setting.sequences
+    kept = _Kept(output[0])
 
     def replay(observation: Observation, args: tuple, kwargs: dict) -> "_RecurrentReplay":
-        return _RecurrentReplay(setting, observation, args, **kwargs)
+        return _RecurrentReplay(setting, observation, args, **kwargs, last=kept.take())
 
     def form(observation: Observation, args: tuple, kwargs: dict, grad_outputs: tuple[Tensor, ...]) -> PartsUse:
         columns = [None if grad is None else grad[None] for grad in grad_outputs]
@@ -241,6 +242,26 @@ def _forward_with_masks(
     return (output, tuple(last) if setting.mode == "LSTM" else last[0]), masks
 
 
+class _Kept:
+    """A call's output until the first replay, if nobody changes it meanwhile.
+
+    Not saved by autograd, which would forbid changes. Torch's layers keep it in most cases anyway, but not where hooks
+    on saved tensors (checkpoints) ask for that memory.
+    """
+
+    def __init__(self, output: Tensor | PackedSequence):
+        hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        output = output.data if isinstance(output, PackedSequence) else output
+        self._output = None if hooked else output.detach()
+        self._version = output._version
+
+    def take(self) -> Tensor | None:
+        """The output as it was, without its graph; None where it is not there or not enough."""
+        output, self._output = self._output, None
+        unchanged = output is not None and output._version == self._version and not torch.is_grad_enabled()
+        return output if unchanged else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Backwards
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,6 +277,7 @@ class _RecurrentReplay:
         args: tuple[Tensor, ...],
         weights: dict[str, Tensor],
         masks: list[Tensor],
+        last: Tensor | None,
     ):
         self.setting = setting
         self.positions = observation.positions
@@ -271,21 +293,29 @@ class _RecurrentReplay:
         if observation.autocast is not None:
             autocast = torch.autocast(data.device.type, observation.autocast, cache_enabled=False)
         with fused(observation.module), autocast:
-            outputs = self._outputs(data, states, weights, masks)
+            outputs = self._outputs(data, states, weights, masks, last)
         self.cells = self._cells(data, states, weights, outputs)  # per layer and direction
 
     def _outputs(
-        self, data: Tensor, states: Sequence[Tensor], weights: dict[str, Tensor], masks: list[Tensor]
+        self,
+        data: Tensor,
+        states: Sequence[Tensor],
+        weights: dict[str, Tensor],
+        masks: list[Tensor],
+        last: Tensor | None,
     ) -> list[Tensor]:
-        """[N, T, D * P] of each layer."""
-        data = self.setting.sequences.to_torch(data)
+        """[N, T, D * P] of each layer, from the last one's output in the user's layout where that is known."""
+        sequences, layers = self.setting.sequences, len(self.setting.names)
+        data = sequences.to_torch(data)
         states = _initial_states(self.setting, states, data, weights)
         outputs = []
-        for layer in range(len(self.setting.names)):
+        for layer in range(layers if last is None else layers - 1):
             if layer and masks:
                 data = data * masks[layer - 1]
             data, _ = _run_layer(self.setting, layer, data, states, weights)
-            outputs.append(self.setting.sequences.of_torch(data).to(self.wide))
+            outputs.append(sequences.of_torch(data).to(self.wide))
+        if last is not None:
+            outputs.append(sequences.rows(last).to(self.wide))
         return outputs
 
     def _cells(
