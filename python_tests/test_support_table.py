@@ -15,6 +15,7 @@ from harness_tools import needs_harness
 from helpers import assert_close
 from model_cases import Scale
 from oracle import model_statistics
+from recurrent_oracle import recurrent_factors
 from torch import nn
 
 import backpack_cuda
@@ -41,6 +42,18 @@ from backpack_cuda.ops import composite
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 
+
+class Outputs(nn.Module):
+    """The outputs of a recurrent module at all positions."""
+
+    def __init__(self, module: nn.RNNBase):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)[0]
+
+
 # Name in the table -> (module, shape of a batch of inputs; of tokens where the module is an Embedding).
 LAYERS = {
     "`Linear`, 2-d input": (lambda: nn.Linear(5, 4), (6, 5)),
@@ -52,6 +65,7 @@ LAYERS = {
     "`ConvTranspose2d`": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2, output_padding=1), (6, 4, 3, 4)),
     "`ConvTranspose3d`": (lambda: nn.ConvTranspose3d(2, 3, 2, padding=1), (6, 2, 3, 4, 3)),
     "`Embedding`": (lambda: nn.Embedding(5, 3), (6, 4)),
+    "`RNN`, `LSTM`, `GRU`": (lambda: Outputs(nn.GRU(3, 2, 2, batch_first=True, bidirectional=True)), (6, 3, 3)),
     "`BatchNorm1d/2d/3d` in eval mode": (lambda: nn.BatchNorm2d(3).eval(), (6, 3, 4, 2)),
     "`BatchNorm1d/2d/3d` in train mode": (lambda: nn.BatchNorm2d(3), (6, 3, 4, 2)),
     "any other module that treats samples independently": (lambda: nn.LayerNorm([3, 4]), (6, 3, 4)),
@@ -88,7 +102,8 @@ def way(module, used) -> str:
     """How a layer's results are formed, where `used` says what composites ran."""
     if isinstance(module, nn.Embedding):
         return "scatter"  # test_embedding.py: within the memory of the result
-    return "kernel" if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and not used else "torch"
+    by_kernels = nn.Linear | nn.modules.conv._ConvNd | Outputs
+    return "kernel" if isinstance(module, by_kernels) and not used else "torch"
 
 
 def cell(make_module, shape, extension, expected, device, monkeypatch) -> str:
@@ -127,7 +142,7 @@ def on_cuda(make_module, shape, monkeypatch) -> str:
     """Runs all quantities at once through the CUDA operators on the harness; what the table says about CUDA."""
     torch.manual_seed(0)
     module = make_module().double()
-    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+    if not isinstance(module, nn.Linear | nn.modules.conv._ConvNd | Outputs):
         return f"{way(module, [])}; not measured"
     inputs = inputs_of(module, *shape)
     with torch.no_grad():
@@ -139,7 +154,8 @@ def on_cuda(make_module, shape, monkeypatch) -> str:
         loss = nn.MSELoss()(extend(module.float())(inputs.float()), targets.float())
         with backpack(*extensions):
             loss.backward()
-    assert len(called) == 1, "one call gives the gradients and all statistics of weight and bias"
+    expected_calls = 8 if isinstance(module, Outputs) else 1  # two for every layer and direction
+    assert len(called) == expected_calls, "one call gives the gradients and all statistics of weight and bias"
     for name, parameter in module.named_parameters():
         for extension, expected in zip(extensions, QUANTITIES.values(), strict=True):
             assert_close(extension.savefield, getattr(parameter, extension.savefield), expected(reference[name]), 1e-5)
@@ -170,7 +186,11 @@ def run_and_compare(model, inputs, targets, extensions, device, tolerance=1e-9, 
     expected = curvature(model, loss, inputs)
     diagonals = hessian_diagonals(model, loss, inputs) if "diag_h" in fields else {}
     # A parameter of the whole block: everything but weights of Linear layers and convolutions.
-    factors = expected_factors(model, inputs, square_root(expected.hessian), "backpack") if "kflr" in fields else {}
+    factors = {}
+    if "kflr" in fields:
+        roots = square_root(expected.hessian)
+        factors = expected_factors(model, inputs, roots, "backpack")
+        factors |= recurrent_factors(model, lambda n: model(inputs[n : n + 1]), roots)
     for name, parameter in model.named_parameters():
         if "kflr" in fields and name not in factors and parameter.dim() < 2:
             factors[name] = [expected.blocks(name).sum(0)]
@@ -221,7 +241,7 @@ def refused(model, inputs, targets, extensions, device) -> None:
 def second_order_on_cuda(make_module, shape, monkeypatch) -> str:
     """Runs the exact quantities through the CUDA operators on the harness; what the table says about CUDA."""
     model, inputs, targets = second_order_case(make_module, shape, before=False)
-    if not isinstance(model, nn.Linear | nn.modules.conv._ConvNd):
+    if not isinstance(model, nn.Linear | nn.modules.conv._ConvNd | Outputs):
         return f"{way(model, [])}; not measured"
     called = []
     with monkeypatch.context() as patch:

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 sigmoid_backward = torch.ops.aten.sigmoid_backward  # of (g, y): g y (1 - y)
 tanh_backward = torch.ops.aten.tanh_backward  # of (g, y): g (1 - y^2)
 
