@@ -6,7 +6,6 @@ of the gates' arguments, from which every parameter's per-sample gradients follo
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -55,23 +54,39 @@ class CellGradients(NamedTuple):
 
 
 class _Rows:
-    """Gradients [V, N, T, B, H] of blocks of gates, which arise position by position; out of place under grad mode."""
+    """Gradients [V, N, T, B, H] of B blocks of gates, which arise position by position; out of place under grad mode.
 
-    def __init__(self, like: Tensor, sizes: tuple[int, ...]):
-        self._buffer = None if torch.is_grad_enabled() else like.new_empty(sizes)
+    All views are made beforehand: what is done position by position costs by the number of calls.
+    """
+
+    def __init__(self, upstream: Tensor, hidden_size: int, blocks: tuple[int, ...], used: slice, weight: Tensor):
+        count, samples, length, _ = upstream.shape
+        self._used = used  # the blocks that W_hh is multiplied with
+        self._weight = weight
+        self._sizes = count, samples, 1, weight.shape[1]
+        self._upstream = upstream.flatten(0, 1).unbind(1)  # [V * N, P] each
         self._rows: list[Tensor] = []
+        self._buffer = None
+        if not torch.is_grad_enabled():
+            self._buffer = upstream.new_empty(count, samples, length, sum(blocks), hidden_size)
+            self._places = [part.unbind(2) for part in self._buffer.split(blocks, 3)]  # [V, N, B', H] each
+            self._flat = self._buffer[:, :, :, used].flatten(3).flatten(0, 1).unbind(1)  # [V * N, G] each
 
     def put(self, t: int, *products: tuple[Tensor, Tensor]) -> Tensor:
-        """[V, N, B, H]: the row of position t, products of [V, N, 1, H] and [N, B', H] side by side."""
+        """Sets the row of position t: products of [V, N, 1, H] and [N, B', H], side by side.
+
+        Returns the gradient of h_{t-1} [V, N, 1, P], by this row and by the output at t - 1.
+        """
         if self._buffer is None:
-            self._rows.append(torch.cat([gradient * factor for gradient, factor in products], 2))
-            return self._rows[-1]
-        row, begin = self._buffer[:, :, t], 0
-        for gradient, factor in products:
-            end = begin + factor.shape[1]
-            torch.mul(gradient, factor, out=row[:, :, begin:end])
-            begin = end
-        return row
+            row = torch.cat([gradient * factor for gradient, factor in products], 2)
+            self._rows.append(row)
+            row = row[:, :, self._used].flatten(2).flatten(0, 1)
+        else:
+            for places, (gradient, factor) in zip(self._places, products, strict=True):
+                torch.mul(gradient, factor, out=places[t])
+            row = self._flat[t]
+        earlier = torch.addmm(self._upstream[t - 1], row, self._weight) if t else row @ self._weight
+        return earlier.view(self._sizes)
 
     def all(self) -> Tensor:
         """[V, N, T, B, H], of positions put in falling order."""
@@ -85,7 +100,7 @@ class Cell(ABC):
         self.call = call
         valid = call.valid  # [N, T, 1]
         # Behind the end of a sample its state stays, and so does the state's gradient.
-        self._stays = None if valid is None else (1 - valid).unbind(1)
+        self._stays = None if valid is None else (1 - valid).unsqueeze(2).unbind(1)  # [N, 1, 1] each
 
     @abstractmethod
     def pull_back(self, grads: Tensor, grad_state: Tensor, grad_cell_state: Tensor | None) -> CellGradients:
@@ -95,18 +110,6 @@ class Cell(ABC):
         """Factors [N, T, *] with zeros behind the samples' ends."""
         valid = self.call.valid
         return factors if valid is None else factors * valid.view(*valid.shape, *(1,) * (factors.dim() - 3))
-
-    def _earlier(self, grads: Sequence[Tensor], t: int, row: Tensor) -> Tensor:
-        """[V, N, P]: the gradient of h_{t-1} from the gates' [V, N, *]; `grads` [V * N, P] of all h_t."""
-        rows = row.flatten(2).flatten(0, 1)  # [V * N, G]
-        weight = self.call.weights["weight_hh"]
-        earlier = torch.addmm(grads[t - 1], rows, weight) if t else rows @ weight
-        return earlier.view(*row.shape[:2], earlier.shape[-1])
-
-
-def _by_position(grads: Tensor) -> Sequence[Tensor]:
-    """[V, N, T, P] -> T times [V * N, P]."""
-    return grads.flatten(0, 1).unbind(1)
 
 
 class _Elman(Cell):
@@ -122,16 +125,13 @@ class _Elman(Cell):
         """phi' as a function of phi."""
 
     def pull_back(self, grads: Tensor, grad_state: Tensor, grad_cell_state: Tensor | None) -> CellGradients:
-        count, samples, length, size = grads.shape
-        by_position = _by_position(grads)
-        rows = _Rows(grads, (count, samples, length, 1, size))
-        dh = grads[:, :, -1] + grad_state  # [V, N, H]
-        for t in reversed(range(length)):
-            row = rows.put(t, (dh.unsqueeze(2), self._slope[t]))
-            earlier = self._earlier(by_position, t, row)
+        rows = _Rows(grads, grads.shape[-1], (1,), slice(None), self.call.weights["weight_hh"])
+        dh = (grads[:, :, -1] + grad_state).unsqueeze(2)  # [V, N, 1, H]
+        for t in reversed(range(grads.shape[2])):
+            earlier = rows.put(t, (dh, self._slope[t]))
             dh = earlier if self._stays is None else torch.addcmul(earlier, dh, self._stays[t])
         delta = rows.all().flatten(3)
-        return CellGradients(delta, delta, None, dh, None)
+        return CellGradients(delta, delta, None, dh.squeeze(2), None)
 
 
 class TanhCell(_Elman):
@@ -167,35 +167,32 @@ class LSTMCell(Cell):
         gates = [sigmoid_backward(g, i), sigmoid_backward(before, f), tanh_backward(i, g)]
         self._gates = torch.stack(gates, 2).unbind(1)
         self._output_gate = self._masked(sigmoid_backward(tanh, o)).unsqueeze(2).unbind(1)
-        self._out = self._masked(tanh_backward(o, tanh)).unbind(1)
-        self._forget = f.unbind(1)
+        self._out = self._masked(tanh_backward(o, tanh)).unsqueeze(2).unbind(1)
+        self._forget = f.unsqueeze(2).unbind(1)
         self.projected = self._masked(o * tanh) if "weight_hr" in call.weights else None  # [N, T, H]
 
     def pull_back(self, grads: Tensor, grad_state: Tensor, grad_cell_state: Tensor | None) -> CellGradients:
-        count, samples, length, _ = grads.shape
         projection = self.call.weights.get("weight_hr")
-        by_position = _by_position(grads)
-        rows = _Rows(grads, (count, samples, length, 4, self._forget[0].shape[-1]))
+        rows = _Rows(grads, grad_cell_state.shape[-1], (3, 1), slice(None), self.call.weights["weight_hh"])
         projected = []
-        dh, dc = grads[:, :, -1] + grad_state, grad_cell_state
-        for t in reversed(range(length)):
+        dh, dc = (grads[:, :, -1] + grad_state).unsqueeze(2), grad_cell_state.unsqueeze(2)  # [V, N, 1, *]
+        for t in reversed(range(grads.shape[2])):
             if projection is None:
                 du = dh
             else:
                 projected.append(dh)
                 du = dh @ projection
             dc = torch.addcmul(dc, du, self._out[t])
-            row = rows.put(t, (dc.unsqueeze(2), self._gates[t]), (du.unsqueeze(2), self._output_gate[t]))
-            earlier = self._earlier(by_position, t, row)
+            earlier = rows.put(t, (dc, self._gates[t]), (du, self._output_gate[t]))
             dh = earlier if self._stays is None else torch.addcmul(earlier, dh, self._stays[t])
             dc = dc * self._forget[t]
         delta = rows.all().flatten(3)
-        return CellGradients(delta, delta, self._masked_columns(projected), dh, dc)
+        return CellGradients(delta, delta, self._masked_columns(projected), dh.squeeze(2), dc.squeeze(2))
 
     def _masked_columns(self, projected: list[Tensor]) -> Tensor | None:
         if not projected:
             return None
-        rows = torch.stack(projected[::-1], 2)  # [V, N, T, P]
+        rows = torch.cat(projected[::-1], 2)  # [V, N, T, P]
         return rows if self.call.valid is None else rows * self.call.valid
 
 
@@ -215,18 +212,15 @@ class GRUCell(Cell):
         # Derivatives of h_t by the arguments of r, z, n; again with what r multiplies in the place of the last.
         factors = torch.stack([by_r, by_z, by_n, by_r, by_z, by_n * r], 2)
         self._gates = self._masked(factors).unbind(1)
-        self._keep = (z if call.valid is None else torch.where(call.valid != 0, z, 1.0)).unbind(1)
+        self._keep = (z if call.valid is None else torch.where(call.valid != 0, z, 1.0)).unsqueeze(2).unbind(1)
 
     def pull_back(self, grads: Tensor, grad_state: Tensor, grad_cell_state: Tensor | None) -> CellGradients:
-        count, samples, length, size = grads.shape
-        by_position = _by_position(grads)
-        rows = _Rows(grads, (count, samples, length, 6, size))
-        dh = grads[:, :, -1] + grad_state
-        for t in reversed(range(length)):
-            row = rows.put(t, (dh.unsqueeze(2), self._gates[t]))
-            dh = torch.addcmul(self._earlier(by_position, t, row[:, :, 3:]), dh, self._keep[t])
+        rows = _Rows(grads, grads.shape[-1], (6,), slice(3, None), self.call.weights["weight_hh"])
+        dh = (grads[:, :, -1] + grad_state).unsqueeze(2)  # [V, N, 1, H]
+        for t in reversed(range(grads.shape[2])):
+            dh = torch.addcmul(rows.put(t, (dh, self._gates[t])), dh, self._keep[t])
         both = rows.all()  # [V, N, T, 6, H]
-        return CellGradients(both[:, :, :, :3].flatten(3), both[:, :, :, 3:].flatten(3), None, dh, None)
+        return CellGradients(both[:, :, :, :3].flatten(3), both[:, :, :, 3:].flatten(3), None, dh.squeeze(2), None)
 
 
 CELLS: dict[str, type[Cell]] = {"RNN_TANH": TanhCell, "RNN_RELU": ReluCell, "LSTM": LSTMCell, "GRU": GRUCell}
