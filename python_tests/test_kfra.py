@@ -349,7 +349,7 @@ def test_one_sample_is_kflr(case, device):
     inputs, targets = case.data(1)
     model = extend(case.model().to(device))
     with backpack(KFRA(fail_mode="SILENT"), KFLR(fail_mode="SILENT")):
-        extend(case.loss)(model(inputs.to(device)), targets.to(device)).backward()
+        extend(copy.deepcopy(case.loss))(model(inputs.to(device)), targets.to(device)).backward()
     found = saved(model, ("kfra", "kflr"))
     largest = max(q["kflr"][0].abs().max().item() for q in found.values() if "kflr" in q)
     for name, quantities in found.items():
