@@ -10,7 +10,6 @@ Three ways in:
 from backpack_cuda import extensions, ops
 from backpack_cuda._version import __version__
 from backpack_cuda.activation import backpack
-from backpack_cuda.capture import memory_cleanup
 from backpack_cuda.context import CTX, disable
 from backpack_cuda.custom_module.graph_utils import convert_module_to_backpack
 from backpack_cuda.extending import extend, hook_run_extensions, hook_store_io
@@ -26,6 +25,7 @@ from backpack_cuda.layers import (
     Linear,
 )
 from backpack_cuda.rules.registered import register_layer
+from backpack_cuda.stored import memory_cleanup
 from backpack_cuda.utils.hooks import no_op
 from backpack_cuda.utils.module_classification import is_no_op
 

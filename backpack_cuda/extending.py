@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from backpack_cuda import layers
 from backpack_cuda.authored import keeps_tensors
-from backpack_cuda.capture import IO_FLAG, memory_cleanup, module_done, store
 from backpack_cuda.context import current, is_authoring, is_disabled, is_sweeping
 from backpack_cuda.module_calls import enter, is_exit, leave, run_kept
+from backpack_cuda.passes import module_done
 from backpack_cuda.rules import forward_for
 from backpack_cuda.rules.generic import generic_forward, owned_parameters
 from backpack_cuda.rules.loss import LossFunction, loss_forward
+from backpack_cuda.stored import IO_FLAG, memory_cleanup, store
 from backpack_cuda.utils.module_classification import is_no_op
 
 _ANNOUNCEMENT = "_backpack_announcement"  # attribute of extended modules without parameters

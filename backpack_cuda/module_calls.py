@@ -16,21 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from backpack_cuda import authored
-from backpack_cuda.capture import (
-    IO_FLAG,
-    ObserverFunction,
-    Pass,
-    capturing,
-    in_operand_types,
-    is_taken,
-    reached,
-    register,
-    run_hook,
-    store,
-)
+from backpack_cuda.capture import ObserverFunction, capturing, in_operand_types, reached
 from backpack_cuda.context import authoring, current, is_authoring, is_sweeping
 from backpack_cuda.extensions.module_extension import ModuleExtension
+from backpack_cuda.passes import Pass, register, run_hook
 from backpack_cuda.rules.loss import LossFunction, is_loss_module
+from backpack_cuda.stored import IO_FLAG, is_taken, store
 
 _KEPT = "_backpack_kept"  # attribute of modules, names of the attributes that were stored here
 _ENTRY = "_backpack_entry"  # attribute of a call's first differentiated input, while the module's forward runs

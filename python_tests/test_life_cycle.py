@@ -28,15 +28,14 @@ from backpack_cuda import (
     CTX,
     BackpropExtension,
     backpack,
-    capture,
     disable,
     extend,
     extensions,
     hook_run_extensions,
     hook_store_io,
     memory_cleanup,
+    passes,
 )
-from backpack_cuda.capture import is_stored
 from backpack_cuda.extensions import (
     KFLR,
     BatchGrad,
@@ -48,6 +47,7 @@ from backpack_cuda.extensions import (
 )
 from backpack_cuda.extensions.curvature import Curvature
 from backpack_cuda.extensions.secondorder.hbp import BackpropStrategy, ExpectationApproximation, LossHessianStrategy
+from backpack_cuda.stored import is_stored
 
 PLAIN = MODELS["mlp"]
 
@@ -697,7 +697,7 @@ def test_create_graph_is_freed_when_its_results_are_dropped(make, device):
 def test_memory_of_models_that_are_dropped(device):
     """No table of ours remembers a model: nodes, architectures, passes. Nor does what is stored, before a backward."""
     gc.collect()
-    before = set(capture._nodes)
+    before = set(passes._nodes)
     for store_io in (False, True):
         model, loss = small_model(device)
         extend(model, store_io=store_io)
@@ -707,7 +707,7 @@ def test_memory_of_models_that_are_dropped(device):
         del model
         gc.collect()
         assert all(reference() is None for reference in references)
-    assert set(capture._nodes) <= before and not capture.Pass._of_task
+    assert set(passes._nodes) <= before and not passes.Pass._of_task
 
 
 # ---------------------------------------------------------------------------------------------------------------------

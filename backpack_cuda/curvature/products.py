@@ -33,12 +33,13 @@ from torch._functorch.eager_transforms import _create_differentiable
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.autocast import without_autocast
-from backpack_cuda.capture import TO_PARAMETERS, LayerFunction, ObserverFunction, Pass, parameters_of
+from backpack_cuda.capture import TO_PARAMETERS, LayerFunction, ObserverFunction, parameters_of
 from backpack_cuda.context import CTX, batching, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.residuals import residual_curvatures
 from backpack_cuda.extensions.products import HMP, PCHMP, ProductExtension
+from backpack_cuda.passes import Pass
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_BUDGET = 1 << 30

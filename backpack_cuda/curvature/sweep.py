@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction, Pass, parameters_of, replay_of
+from backpack_cuda.capture import LayerFunction, ObserverFunction, parameters_of, replay_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.own_pass import in_own_pass
@@ -24,6 +24,7 @@ from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
 from backpack_cuda.ops import dispatch
+from backpack_cuda.passes import Pass
 from backpack_cuda.per_sample import (
     ColumnUse,
     LoopedColumns,

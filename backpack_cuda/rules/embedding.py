@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backpack_cuda.capture import apply_layer, capturing, register
+from backpack_cuda.capture import apply_layer, capturing
 from backpack_cuda.context import is_sweeping
+from backpack_cuda.passes import register
 from backpack_cuda.per_sample import EmbeddingColumns, EmbeddingUse, Lookup, Use
 from backpack_cuda.rules.generic import generic_forward
 from backpack_cuda.rules.layer import has_plain_parameters

@@ -15,9 +15,10 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
-from backpack_cuda.capture import Observation, capturing, is_stored, observe
+from backpack_cuda.capture import Observation, capturing, observe
 from backpack_cuda.per_sample import LazyDenseUse, NoPerSampleGradients
 from backpack_cuda.rules.registered import registered_gradients, registration_for
+from backpack_cuda.stored import is_stored
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from backpack_cuda.autocast import autocast_enabled
-from backpack_cuda.capture import LayerOperation, apply_layer, register
+from backpack_cuda.capture import LayerOperation, apply_layer
+from backpack_cuda.passes import register
 
 
 def has_plain_parameters(module: nn.Module) -> bool:

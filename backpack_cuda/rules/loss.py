@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from backpack_cuda.authored import lent
-from backpack_cuda.capture import Pass, capturing, from_gradients, in_operand_types, without_tensors
+from backpack_cuda.capture import capturing, in_operand_types, without_tensors
 from backpack_cuda.context import CTX, authoring
 from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
 from backpack_cuda.curvature.losses import LossHessian, given_hessian, is_loss, loss_hessian
@@ -15,6 +15,7 @@ from backpack_cuda.curvature.products import form_products
 from backpack_cuda.curvature.sweep import Sweep
 from backpack_cuda.extensions.products import ProductExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
+from backpack_cuda.passes import Pass, from_gradients
 
 
 def is_loss_module(module: nn.Module) -> bool:
