@@ -3,6 +3,7 @@
 `python -m pytest python_tests/test_support_table.py --update-readme` writes the table.
 """
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -15,15 +16,21 @@ from harness_tools import needs_harness
 from helpers import assert_close
 from model_cases import Scale
 from oracle import model_statistics
+from products_oracle import Products, ggn_products, hessian_products
 from recurrent_oracle import recurrent_factors
+from sequential_oracle import positive_blocks, steps
 from torch import nn
 
 import backpack_cuda
 from backpack_cuda import backpack, extend
 from backpack_cuda.curvature.losses import is_loss
 from backpack_cuda.extensions import (
+    GGNMP,
+    HMP,
     KFAC,
     KFLR,
+    KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchDiagHessian,
@@ -82,8 +89,10 @@ SECOND_ORDER = {
     "`DiagGGNExact/MC`, `BatchDiagGGNExact/MC`": [DiagGGNExact, BatchDiagGGNExact, DiagGGNMC, BatchDiagGGNMC],
     "`SqrtGGNExact/MC`": [SqrtGGNExact, SqrtGGNMC],
     "`KFLR`, `KFAC`": [KFLR, KFAC],
+    "`KFRA`, `HBP`": [KFRA],  # of one sample, where it equals KFLR
     "`DiagHessian`, `BatchDiagHessian`": [DiagHessian, BatchDiagHessian],
 }
+PRODUCTS = {"`HMP`, `GGNMP`": [HMP, GGNMP], "`PCHMP`": [PCHMP]}
 SECOND_ORDER_LAYERS = {
     **{name: layer for name, layer in LAYERS.items() if not name.startswith("any")},
     "vectors of any other module that treats samples independently": (lambda: nn.LayerNorm(4), (6, 3, 4)),
@@ -162,7 +171,7 @@ def on_cuda(make_module, shape, monkeypatch) -> str:
     return "kernel; not measured"
 
 
-def second_order_case(make_module, shape, before: bool):
+def second_order_case(make_module, shape, before: bool, samples: int = 2):
     """(float64 model, inputs, targets): the layer by itself, or with parameters and a nonlinearity before it."""
     torch.manual_seed(0)
     module = make_module().double()
@@ -170,7 +179,7 @@ def second_order_case(make_module, shape, before: bool):
         model = nn.Sequential(module, nn.Tanh()) if before else module  # nothing can be before it
     else:
         model = nn.Sequential(Scale(shape[-1]).double(), nn.Tanh(), module) if before else module
-    inputs = inputs_of(module, 2, *shape[1:])
+    inputs = inputs_of(module, samples, *shape[1:])
     with torch.no_grad():
         return model, inputs, torch.randn_like(model(inputs))
 
@@ -186,13 +195,13 @@ def run_and_compare(model, inputs, targets, extensions, device, tolerance=1e-9, 
     expected = curvature(model, loss, inputs)
     diagonals = hessian_diagonals(model, loss, inputs) if "diag_h" in fields else {}
     # A parameter of the whole block: everything but weights of Linear layers and convolutions.
-    factors = {}
-    if "kflr" in fields:
+    factors, factor_fields = {}, fields & {"kflr", "kfra"}
+    if factor_fields:
         roots = square_root(expected.hessian)
         factors = expected_factors(model, inputs, roots, "backpack")
         factors |= recurrent_factors(model, lambda n: model(inputs[n : n + 1]), roots)
     for name, parameter in model.named_parameters():
-        if "kflr" in fields and name not in factors and parameter.dim() < 2:
+        if factor_fields and name not in factors and parameter.dim() < 2:
             factors[name] = [expected.blocks(name).sum(0)]
     extended, extended_loss = extend(model.to(device, dtype)), extend(nn.MSELoss())
     inputs = inputs.to(device, dtype) if inputs.is_floating_point() else inputs.to(device)
@@ -205,7 +214,8 @@ def run_and_compare(model, inputs, targets, extensions, device, tolerance=1e-9, 
         parameter = model.get_parameter(name)
         assert_close(name, parameter.diag_h, rows.sum(0), tolerance, len(rows) * size)
         assert_close(name, parameter.diag_h_batch, rows, tolerance, size)
-    assert_factors(model, "kflr", factors, tolerance)
+    for field in factor_fields:
+        assert_factors(model, field, factors, tolerance)
 
 
 def second_order_cell(make_module, shape, extensions, device, monkeypatch) -> str:
@@ -215,7 +225,7 @@ def second_order_cell(make_module, shape, extensions, device, monkeypatch) -> st
         original = getattr(composite, name)
         monkeypatch.setattr(composite, name, lambda *a, original=original: (used.append("torch"), original(*a))[1])
     for before in (False, True):
-        model, inputs, targets = second_order_case(make_module, shape, before)
+        model, inputs, targets = second_order_case(make_module, shape, before, 1 if KFRA in extensions else 2)
         try:
             if any(isinstance(m, nn.BatchNorm2d) and m.training for m in model.modules()):
                 refused(model, inputs, targets, extensions, device)
@@ -228,6 +238,50 @@ def second_order_cell(make_module, shape, extensions, device, monkeypatch) -> st
         return "error"
     text = way(make_module(), used)
     return text if True in works else f"{text}; error for parameters before it"
+
+
+def product_cell(make_module, shape, extensions, device) -> str:
+    """Runs one group of products on one layer, alone and behind another; what the table says about it."""
+    works = []
+    for before in (False, True):
+        model, inputs, targets = second_order_case(make_module, shape, before)
+        expected = expected_products(model, inputs, targets)
+        inputs = inputs.to(device)
+        try:
+            value = extend(nn.MSELoss())(extend(model.to(device))(inputs), targets.to(device))
+            with backpack(*[make() for make in extensions]):
+                value.backward()
+        except NotImplementedError:
+            continue
+        works.append(before)
+        for field in [make().savefield for make in extensions]:
+            for name, parameter in model.named_parameters():
+                v, product = torch.randn(parameter.shape, dtype=torch.float64), expected[field]()[name]
+                actual = getattr(parameter, field)(v.to(device))
+                assert_close(f"{name}.{field}", actual, product(v), 1e-9, 1 + product(v).abs().max().item())
+    if not works:
+        return "error"
+    return "torch" if True in works else "torch; error for parameters before it"
+
+
+def expected_products(model, inputs, targets) -> dict:
+    """By savefield the oracles, each a function of no argument."""
+    stock = copy.deepcopy(model)
+
+    def loss(outputs):
+        return nn.functional.mse_loss(outputs, targets)
+
+    def positive() -> Products:
+        if not isinstance(stock, nn.Sequential):  # nothing behind its parameters is curved
+            return ggn_products(stock, loss, inputs)
+        blocks = positive_blocks(*steps(stock, loss, inputs), "clip")
+        return {name: lambda v, block=block: (block @ v.flatten()).view_as(v) for name, block in blocks.items()}
+
+    return {
+        "hmp": lambda: hessian_products(stock, loss, inputs),
+        "ggnmp": lambda: ggn_products(stock, loss, inputs),
+        "pchmp": positive,
+    }
 
 
 def refused(model, inputs, targets, extensions, device) -> None:
@@ -265,9 +319,10 @@ def table(device, monkeypatch) -> str:
     for name, (make_module, shape) in LAYERS.items():
         cells = [cell(make_module, shape, q(), expected, device, monkeypatch) for q, expected in QUANTITIES.items()]
         rows.append([name, *cells, on_cuda(make_module, shape, monkeypatch) if simulated else ""])
-    second = [["layer", *SECOND_ORDER, "on CUDA"]]
+    second = [["layer", *SECOND_ORDER, *PRODUCTS, "on CUDA"]]
     for name, (make_module, shape) in SECOND_ORDER_LAYERS.items():
         cells = [second_order_cell(make_module, shape, e, device, monkeypatch) for e in SECOND_ORDER.values()]
+        cells += [product_cell(make_module, shape, e, device) for e in PRODUCTS.values()]
         second.append([name, *cells, second_order_on_cuda(make_module, shape, monkeypatch) if simulated else ""])
     losses = [name for name in sorted(vars(nn)) if name.endswith("Loss") and is_loss(object.__new__(getattr(nn, name)))]
     sentence = f"Losses of the second order: {', '.join(f'`{name}`' for name in losses)}, and those of `register_loss`."
@@ -285,6 +340,8 @@ def test_readme_table_is_what_runs(request, device, monkeypatch):
         assert current.strip() == text, "README.md's table is out of date: run this test with --update-readme"
 
 
-@pytest.mark.parametrize("extension", [*QUANTITIES, *(e for group in SECOND_ORDER.values() for e in group)])
+@pytest.mark.parametrize(
+    "extension", [*QUANTITIES, *(e for group in (SECOND_ORDER | PRODUCTS).values() for e in group)]
+)
 def test_quantities_of_the_table_are_exported(extension):
     assert getattr(backpack_cuda.extensions, extension.__name__) is extension
