@@ -555,7 +555,7 @@ SECTIONS: dict[str, list[Name]] = {
             "utils.unsqueeze.kfacmp_unsqueeze_if_missing_dim",
             lambda library: library("utils.unsqueeze.kfacmp_unsqueeze_if_missing_dim")(2)(lambda m: m * 2)(X[0]),
         ),
-        Name("utils.examples.autograd_diag_ggn_exact", diag_ggn_from_autograd, "needs no torchvision, unlike BackPACK's"),
+        Name("utils.examples.autograd_diag_ggn_exact", diag_ggn_from_autograd, "BackPACK's needs torchvision"),
         *(
             Name(f"utils.examples.{name}", lambda library, name=name: callable(library(f"utils.examples.{name}")))
             for name in ("load_mnist_dataset", "get_mnist_dataloader", "load_one_batch_mnist")
