@@ -26,8 +26,10 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from backpack_cuda import CTX, backpack, disable, extend
 from backpack_cuda.extensions import (
+    GGNMP,
     KFAC,
     KFLR,
+    KFRA,
     BatchDiagGGNExact,
     BatchGrad,
     DiagGGNExact,
@@ -894,6 +896,16 @@ def test_a_prediction_without_a_model(device):
     model, loss, inputs, targets, _ = prepare(PLAIN, device)
     with backpack(DiagGGNExact()), pytest.raises(RuntimeError, match="extended model"):
         loss(model(inputs).detach().requires_grad_(), targets).backward()
+    assert_nothing_saved(model)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("make", [DiagGGNExact, KFLR, DiagGGNMC, KFAC, DiagHessian, KFRA, GGNMP])
+def test_a_prediction_without_entries(make, device):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 0)).to(device)
+    empty = torch.zeros(2, 0, device=device)
+    with pytest.raises(ValueError, match=r"MSELoss: expected a prediction with at least one entry .* got \[2, 0\]"):
+        backward(model, nn.MSELoss(reduction="sum"), torch.randn(2, 4, device=device), empty, make())
     assert_nothing_saved(model)
 
 

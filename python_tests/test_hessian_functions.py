@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import backpack_cuda as bp
-from backpack_cuda.curvature import functions, residuals
+from backpack_cuda.curvature import functions
 from backpack_cuda.curvature.residuals import residual_sources
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def function_names(output: Tensor) -> set[str]:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            found.add(residuals._function(node.name()))
+            found.add(functions.function_name(node.name()))
             stack.extend(operand for operand, _ in node.next_functions)
     return found
 

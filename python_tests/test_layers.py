@@ -552,6 +552,18 @@ def test_nested_tensors(prepare, device):
     assert torch.allclose(gradient, layer.weight.grad)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0)], ids=["no inputs", "no outputs"])
+@pytest.mark.parametrize("exts", [(), (BatchGrad(),)], ids=["plain", "batch_grad"])
+def test_linear_without_features(sizes, exts, device):
+    """Gradients as of torch's layer, with no entries or zeros."""
+    layer = bp.Linear(*sizes).to(device)
+    with backpack(*exts):
+        layer(torch.randn(2, 4, sizes[0], device=device, requires_grad=True)).sum().backward()
+    assert layer.weight.grad.shape == (sizes[1], sizes[0])
+    assert torch.equal(layer.bias.grad, torch.full((sizes[1],), 8.0, device=device))
+
+
 @pytest.mark.parametrize("prepare", [bp.Linear, lambda *sizes: extend(nn.Linear(*sizes))], ids=["own", "extended"])
 def test_no_more_is_saved_than_by_torch(prepare, device):
     """A frozen Linear keeps no input; one whose input needs no gradient keeps no weight."""

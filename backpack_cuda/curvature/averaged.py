@@ -15,13 +15,15 @@ from torch.autograd.graph import Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction
 from backpack_cuda.context import CTX
+from backpack_cuda.curvature.functions import readable_name
 from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.points import Graph, Point
 from backpack_cuda.curvature.pull_back import pull_back
-from backpack_cuda.curvature.residuals import _check_batch, _mixed, _readable, residual_sources
+from backpack_cuda.curvature.residuals import check_batch, residual_sources, samples_not_apart
 from backpack_cuda.curvature.steps import Budget, Step, saved_for_step, step_to
-from backpack_cuda.curvature.sweep import LayerCall, Sweep, _errors_for_users, _free_memory
+from backpack_cuda.curvature.sweep import LayerCall, Sweep, errors_for_users
 from backpack_cuda.extensions.averaged import HBP
 from backpack_cuda.extensions.curvature import Curvature
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -119,12 +121,8 @@ class AveragedSweep(Sweep):
         given = CTX.get_memory_budget()
         if given is not None:
             return Budget(given, given)
-        samples = min(self._free() // 4, _LARGEST_BUDGET)
+        samples = min(free_memory(self.prediction.device) // 4, _LARGEST_BUDGET)
         return Budget(samples if self.prediction.is_cuda else _CPU_PIECE, samples)
-
-    def _free(self) -> int:
-        device = self.prediction.device
-        return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
 
     def _memory(self, root: Point, steps: dict[int, Step], columns: dict[int, int]) -> int:
         """Bytes that all matrices and temporary tensors take at a time; under create_graph none is freed.
@@ -180,7 +178,7 @@ class AveragedSweep(Sweep):
         for ext in self.extensions:
             limit = ext.memory_limit
             if limit is None:
-                limit = min(self._free() // 4, _LARGEST_LIMIT)
+                limit = min(free_memory(self.prediction.device) // 4, _LARGEST_LIMIT)
             if plan.memory > limit:
                 raise ValueError(
                     f"{ext}: needs {_readable_bytes(plan.memory)} for matrices over the features of a sample, the "
@@ -195,7 +193,7 @@ class AveragedSweep(Sweep):
         modules may have their batch elsewhere. Asked once per architecture.
         """
         count = self.batch_size
-        _check_batch("the prediction", self.edge, count)
+        check_batch("the prediction", self.edge, count)
         points = [point for point in points if not any(m.dtype.is_complex for m in point.metadata)]
         if count < 2:
             return points
@@ -248,7 +246,9 @@ class AveragedSweep(Sweep):
         for node, layer in layers.items():
             if verdicts.get(node, False) is False and not _looks_after_samples(layer):
                 name = type(layer.module).__name__
-                raise _mixed(f"{self.extensions[0]}: the output of {name}", node._input_metadata[0].shape, count)
+                raise samples_not_apart(
+                    f"{self.extensions[0]}: the output of {name}", node._input_metadata[0].shape, count
+                )
         return [verdicts.get(point.node, False) for point in points]
 
     # ---- matrices
@@ -325,12 +325,12 @@ class AveragedSweep(Sweep):
             self._add_nothing(layer, parameters.keys(), extensions)
         if not parameters:
             return
-        with _errors_for_users(extensions[0]):
+        with errors_for_users(extensions[0]):
             use = self._use(LayerCall(layer.node, parameters), point, matrix, self.saved[id(layer)])
             self._check(use, layer, extensions)
         for ext in extensions:
             for name, parameter in parameters.items():
-                with _errors_for_users(ext):
+                with errors_for_users(ext):
                     self._add_factors(ext, use, name, parameter, layer.module)
 
     def _add_nothing(self, layer: LayerCall, known: Collection[str], extensions: Sequence[HBP]) -> None:
@@ -375,7 +375,7 @@ def _place(point: Point) -> str:
         return f"the output of {type(node.module).__name__}"
     if hasattr(node, "observation"):
         return f"the output of {type(node.observation.module).__name__}"
-    return f"the result of {_readable(node)}"
+    return f"the result of {readable_name(node)}"
 
 
 def _readable_bytes(count: int) -> str:

@@ -5,7 +5,9 @@ NativeLayerNormBackward0. Second derivatives are formed from what the nodes save
 are right far from zero, where autograd's own often are not.
 """
 
+import re
 from collections.abc import Callable
+from functools import cache
 from math import log, pi, sqrt
 from types import SimpleNamespace
 
@@ -41,6 +43,17 @@ LINEAR = frozenset(
     # complex numbers as pairs of real ones, Fourier transforms
     "FftR2C FftC2C FftC2R ViewAsReal ViewAsComplex Conj Complex".split()
 )
+
+
+@cache
+def function_name(node_name: str) -> str:
+    """The function of a node, without the number of its overload: "NativeLayerNorm" of NativeLayerNormBackward0."""
+    return re.sub(r"Backward(s|\d*)(_copy)?$", "", node_name.rpartition("::")[2])
+
+
+def readable_name(node: Node) -> str:
+    """The function of a node, for messages: "native_layer_norm"."""
+    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", function_name(node.name())).lower()
 
 
 def operand_metadata(node: Node, operand: int):

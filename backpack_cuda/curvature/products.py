@@ -36,6 +36,7 @@ from backpack_cuda.autocast import without_autocast
 from backpack_cuda.capture import TO_PARAMETERS, LayerFunction, ObserverFunction, parameters_of
 from backpack_cuda.context import CTX, batching, sweeping
 from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.residuals import residual_curvatures
 from backpack_cuda.extensions.products import HMP, PCHMP, ProductExtension
@@ -535,7 +536,7 @@ class CurvatureProduct:
         budget = CTX.get_memory_budget()
         if budget is None:
             on_cuda = self._device.type == "cuda"
-            budget = min(torch.cuda.mem_get_info(self._device)[0] // 4, _LARGEST_BUDGET) if on_cuda else _CPU_BYTES
+            budget = min(free_memory(self._device) // 4, _LARGEST_BUDGET) if on_cuda else _CPU_BYTES
         return max(1, budget // max(self._width, 1))
 
     def __reduce__(self):

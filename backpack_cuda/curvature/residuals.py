@@ -9,9 +9,8 @@ parameter, and every phi acts elementwise. This module finds them in the autogra
 function that is not known (functions.py) is an error.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, reduce
+from functools import reduce
 from math import prod
 from operator import or_
 from typing import NamedTuple
@@ -32,7 +31,9 @@ from backpack_cuda.curvature.functions import (
     PRODUCTS,
     STEPS,
     Saved,
+    function_name,
     operand_metadata,
+    readable_name,
 )
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.square_root import SquareRoot
@@ -52,17 +53,6 @@ class ResidualSource(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # The walk through the graph
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _function(node_name: str) -> str:
-    """The function of a node, without the number of its overload: "NativeLayerNorm" of NativeLayerNormBackward0."""
-    return re.sub(r"Backward(s|\d*)(_copy)?$", "", node_name.rpartition("::")[2])
-
-
-def _readable(node: Node) -> str:
-    """The function of a node, for messages: "native_layer_norm"."""
-    return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", _function(node.name())).lower()
 
 
 def _module_name(layer: Node) -> str:
@@ -150,7 +140,7 @@ class _Walk:
             return 0
         if not union:
             return 0
-        name = _function(node.name())
+        name = function_name(node.name())
         if name in LINEAR or (name in LINEAR_IF and LINEAR_IF[name](node)):
             return union
         if name in STEPS or getattr(node, "_saved_rounding_mode", None) is not None:  # a rounded quotient
@@ -182,7 +172,7 @@ class _Walk:
         if inside:
             raise NotImplementedError(
                 f"{self._none} of {self._named(inside)}: its module is not linear in it, but applies "
-                f"{_readable(node)} to what depends on it"
+                f"{readable_name(node)} to what depends on it"
             )
         if operand_metadata(node, operand).dtype.is_complex:
             raise self._unknown(node)
@@ -205,7 +195,7 @@ class _Walk:
                 f"terms between the two uses. {self._advice}"
             )
         raise NotImplementedError(
-            f"{self._none}: {_readable(node)} multiplies two tensors that both depend on {names}. {self._advice}"
+            f"{self._none}: {readable_name(node)} multiplies two tensors that both depend on {names}. {self._advice}"
         )
 
     def _unknown(self, node: Node) -> NotImplementedError:
@@ -216,10 +206,10 @@ class _Walk:
             what = "torch.utils.checkpoint.checkpoint(..., use_reentrant=True): set use_reentrant=False"
         elif isinstance(node, BackwardCFunction):
             what = f"the autograd function {type(node)._forward_cls.__name__}, of which nothing is known"
-        elif _function(name) in BATCH_NORMS:
+        elif function_name(name) in BATCH_NORMS:
             what = "a batch normalisation in training mode: call eval()"
         else:
-            what = f"{_readable(node)} ({name})"
+            what = f"{readable_name(node)} ({name})"
         return NotImplementedError(
             f"{self._none}: functions of what depends on parameters must be linear, piecewise linear or elementwise, "
             f"and known as such. This one is not: {what}. {self._advice}"
@@ -313,12 +303,12 @@ def residual_sources(
     second_derivatives = _second_derivatives(walk, prediction)
     if not walk.sources or not batch_size:
         return []
-    names = [_readable(source.node) for source in walk.sources]
+    names = [readable_name(source.node) for source in walk.sources]
     edges = [GradientEdge(*source.node.next_functions[source.operand]) for source in walk.sources]
     deeper = [walk.is_deeper(source) for source in walk.sources]
     starts = [(f"the input of {name}", edge) for name, edge in zip(names, edges, strict=True)]
     for place, edge in starts:
-        _check_batch(place, edge, batch_size)
+        check_batch(place, edge, batch_size)
     if any(deeper):
         # The prediction too, where the loss' columns start: beside the sources' columns the check costs nothing.
         starts.append(("the prediction", GradientEdge(prediction.grad_fn, prediction.output_nr)))
@@ -356,21 +346,21 @@ def check_samples_apart(sources: Sequence[tuple[str, GradientEdge]], layers: Lay
     layers' outputs for the other half; 2 log2(N) halves tell every sample from every other.
     """
     for name, edge in sources:
-        _check_batch(name, edge, batch_size)
+        check_batch(name, edge, batch_size)
     edges = [edge for _, edge in sources]
     if batch_size < 2 or not edges or not _reach_others(edges, layers, batch_size):
         return
     name, edge = next((s for s in sources if _reach_others([s[1]], layers, batch_size)), sources[0])
-    raise _mixed(name, edge.node._input_metadata[edge.output_nr].shape, batch_size)
+    raise samples_not_apart(name, edge.node._input_metadata[edge.output_nr].shape, batch_size)
 
 
-def _check_batch(name: str, edge: GradientEdge, batch_size: int) -> None:
+def check_batch(name: str, edge: GradientEdge, batch_size: int) -> None:
     shape = edge.node._input_metadata[edge.output_nr].shape
     if batch_size > 1 and (not shape or shape[0] % batch_size):
-        raise _mixed(name, shape, batch_size)
+        raise samples_not_apart(name, shape, batch_size)
 
 
-def _mixed(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
+def samples_not_apart(name: str, shape: Sequence[int], batch_size: int) -> ValueError:
     return ValueError(
         f"{name}: expected the {batch_size} samples of the batch along dimension 0, none of which acts on another "
         f"between the layers and there; got size {list(shape)}, with samples that are not apart"
@@ -395,7 +385,7 @@ def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int
             if gradient is None:
                 continue
             if not gradient.dim() or gradient.shape[0] % batch_size:
-                raise _mixed(f"the output of {_module_name(edge.node)}", gradient.shape, batch_size)
+                raise samples_not_apart(f"the output of {_module_name(edge.node)}", gradient.shape, batch_size)
             found = gradient.reshape(batch_size, -1)
             leaks.append(((found != 0) & ~found.isnan() & ~half[:, None].to(found.device)).any())
     return bool(torch.stack(leaks).any()) if leaks else False

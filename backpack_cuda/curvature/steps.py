@@ -22,10 +22,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction
-from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, operand_metadata
+from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, function_name, operand_metadata
 from backpack_cuda.curvature.points import Point, operands_of
 from backpack_cuda.curvature.pull_back import pull_back
-from backpack_cuda.curvature.residuals import _function
 from backpack_cuda.ops import dispatch
 
 _LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
@@ -252,7 +251,7 @@ class _MaxPooling(Step):
 
     def run(self, matrix: Tensor, owned: bool, saved: tuple) -> Tensor:
         (indices,) = saved  # [N, C, *], into the pooled dims of each channel
-        features, dims = self.point.features, _MAX_POOLINGS[_function(self.source.node.name())]
+        features, dims = self.point.features, _MAX_POOLINGS[function_name(self.source.node.name())]
         (input,) = self.point.metadata
         pixels = prod(input.shape[-dims:])
         channels = features // pixels
@@ -342,7 +341,7 @@ def _kind(point: Point) -> type[Step]:
         if len(point.between) == 1:
             if isinstance(source.node, _LAYER_NODE):
                 return _Layer
-            if not isinstance(source.node, BackwardCFunction) and _function(source.node.name()) in _MAX_POOLINGS:
+            if not isinstance(source.node, BackwardCFunction) and function_name(source.node.name()) in _MAX_POOLINGS:
                 return _MaxPooling
     if all(_is_same_for_all(node, p) for node, p in places.items()):
         return _SameForAll
@@ -365,7 +364,7 @@ def _same_size(node: Node, place: int, shape: bool = True) -> bool:
 def _leaves_unchanged(node: Node, place: int) -> bool:
     if isinstance(node, BackwardCFunction):
         return _hands_on(node) and len(node._input_metadata) == 1
-    name = _function(node.name())
+    name = function_name(node.name())
     if name in ("Add", "Sub"):
         positive = place == 0 or (name == "Add" and getattr(node, "_saved_alpha", None) == 1)
         return positive and _same_size(node, place)
@@ -377,7 +376,7 @@ def _is_elementwise(node: Node, places: Sequence[int]) -> bool:
         return True
     if isinstance(node, BackwardCFunction):
         return False
-    name = _function(node.name())
+    name = function_name(node.name())
     if not all(_same_size(node, place) for place in places):
         return False
     return (
@@ -390,7 +389,7 @@ def _is_elementwise(node: Node, places: Sequence[int]) -> bool:
 def _is_same_for_all(node: Node, places: Sequence[int]) -> bool:
     if isinstance(node, BackwardCFunction):
         return isinstance(node, _LAYER_NODE) or _hands_on(node)
-    name = _function(node.name())
+    name = function_name(node.name())
     return name in _SAME_FOR_ALL or (name in _SAME_IN and list(places) == [_SAME_IN[name]])
 
 
@@ -399,6 +398,6 @@ def saved_for_step(point: Point) -> tuple:
     node = point.node
     if isinstance(node, _LAYER_NODE):
         return node.saved_tensors
-    if not isinstance(node, BackwardCFunction) and _function(node.name()) in _MAX_POOLINGS:
+    if not isinstance(node, BackwardCFunction) and function_name(node.name()) in _MAX_POOLINGS:
         return (node._saved_result1,)  # the indices
     return ()

@@ -5,7 +5,6 @@ is differentiated by torch itself. One sweep per square root feeds all quantitie
 """
 
 import contextlib
-import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -17,6 +16,7 @@ from torch.autograd.graph import GradientEdge, Node
 from backpack_cuda.capture import LayerFunction, ObserverFunction, parameters_of, replay_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
+from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
@@ -282,7 +282,7 @@ class Sweep:
         device = self.prediction.device
         if budget is None:
             large = device.type == "cuda" or any(ext.per_sample for ext in extensions)
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
+            free = free_memory(device)
             budget = min(free // 4, _LARGEST_BUDGET if large else _CPU_COLUMN_BYTES)
         return max(1, budget // max(column, 1))
 
@@ -341,7 +341,7 @@ class Sweep:
             return
         kronecker = [ext for ext in extensions if isinstance(ext, KroneckerExtension)]
         of_columns = [ext for ext in extensions if not isinstance(ext, KroneckerExtension)]
-        with _errors_for_users(extensions[0]):
+        with errors_for_users(extensions[0]):
             stats = _stats(use, parameters, signs, [ext for ext in of_columns if ext.get_subsampling() is None])
             for ext in of_columns:
                 own = stats
@@ -352,7 +352,7 @@ class Sweep:
                     self.state.curvature[key] = ext.update(self.state.curvature.get(key), own[name], begin, total)
         for ext in kronecker:
             for name, parameter in parameters.items():
-                with _errors_for_users(ext):
+                with errors_for_users(ext):
                     self._add_factors(ext, use, name, parameter, module)
 
     def _add_factors(
@@ -513,7 +513,7 @@ def _samples(ext: SecondOrderExtension, batch_size: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _errors_for_users(ext: SecondOrderExtension) -> Iterator[None]:
+def errors_for_users(ext: SecondOrderExtension) -> Iterator[None]:
     try:
         yield
     except NoPerSampleGradients as reason:
@@ -530,11 +530,3 @@ def _scaled(root: SquareRoot, factor: Tensor | None) -> SquareRoot:
         return columns * factor.sqrt().to(columns.dtype), signs
 
     return SquareRoot(root.count, form)
-
-
-def _free_memory() -> int:
-    """Bytes of the host's memory that nothing uses."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return 4 * _LARGEST_BUDGET

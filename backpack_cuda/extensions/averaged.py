@@ -22,7 +22,7 @@ from backpack_cuda.extensions.curvature import (
     one_of,
 )
 from backpack_cuda.extensions.kronecker import KroneckerExtension
-from backpack_cuda.extensions.second_order import Root, _mc_samples
+from backpack_cuda.extensions.second_order import Root, checked_mc_samples
 from backpack_cuda.per_sample import ColumnUse
 
 
@@ -98,7 +98,7 @@ class HBP(KroneckerExtension):
         self.memory_limit = memory_limit
         self.memory_needed: int | None = None
         samples = loss_hessian_strategy == LossHessianStrategy.SAMPLING
-        root = Root("sampled", _mc_samples(mc_samples)) if samples else Root("exact")
+        root = Root("sampled", checked_mc_samples(mc_samples)) if samples else Root("exact")
         super().__init__(savefield, root, convention, fail_mode)
 
     def check_takes_module_extensions(self) -> None:

@@ -28,7 +28,7 @@ from backpack_cuda.extensions.curvature import (
     LossHessianStrategy,
     one_of,
 )
-from backpack_cuda.extensions.second_order import Root, SecondOrderExtension, _mc_samples
+from backpack_cuda.extensions.second_order import Root, SecondOrderExtension, checked_mc_samples
 from backpack_cuda.per_sample import ColumnUse, NoKroneckerFactors, moment
 
 CONVENTIONS = ("backpack", "expand", "reduce")
@@ -139,7 +139,7 @@ class KFAC(KroneckerExtension):
     def __init__(
         self, mc_samples: int = 1, *, fisher: str = "mc", convention: str = "backpack", fail_mode: str = FAIL_ERROR
     ):
-        mc_samples = _mc_samples(mc_samples)
+        mc_samples = checked_mc_samples(mc_samples)
         self.fisher = one_of("fisher", fisher, FISHERS)
         super().__init__("kfac", Root("sampled", mc_samples), convention, fail_mode)
 

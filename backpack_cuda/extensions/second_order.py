@@ -30,7 +30,7 @@ class Root(NamedTuple):
     with_residuals: bool = False  # also the curvature of the functions before the prediction: the whole Hessian
 
 
-def _mc_samples(value) -> int:
+def checked_mc_samples(value) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"mc_samples: expected an int, got {value!r}")
     if value < 1:
@@ -173,7 +173,7 @@ class DiagGGNMC(_Diagonal):
     """
 
     def __init__(self, mc_samples: int = 1):
-        super().__init__("diag_ggn_mc", Root("sampled", _mc_samples(mc_samples)))
+        super().__init__("diag_ggn_mc", Root("sampled", checked_mc_samples(mc_samples)))
 
 
 class BatchDiagGGNExact(_BatchDiagonal):
@@ -195,7 +195,7 @@ class BatchDiagGGNMC(_BatchDiagonal):
     """
 
     def __init__(self, mc_samples: int = 1):
-        super().__init__("diag_ggn_mc_batch", Root("sampled", _mc_samples(mc_samples)))
+        super().__init__("diag_ggn_mc_batch", Root("sampled", checked_mc_samples(mc_samples)))
 
 
 class SqrtGGNExact(_SquareRoot):
@@ -227,7 +227,7 @@ class SqrtGGNMC(_SquareRoot):
     """
 
     def __init__(self, mc_samples: int = 1, subsampling: Sequence[int] | None = None):
-        super().__init__("sqrt_ggn_mc", Root("sampled", _mc_samples(mc_samples)), subsampling=subsampling)
+        super().__init__("sqrt_ggn_mc", Root("sampled", checked_mc_samples(mc_samples)), subsampling=subsampling)
 
 
 class DiagHessian(_Diagonal):

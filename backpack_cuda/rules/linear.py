@@ -26,10 +26,10 @@ class LinearOperation:
         self, grad_output: Tensor, input: Tensor | None, weight: Tensor | None, needs: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         needs_input, needs_weight, needs_bias = needs
-        rows = grad_output.reshape(-1, grad_output.shape[-1]) if needs_weight or needs_bias else None  # [N * T, O]
+        rows = grad_output.flatten(0, -2) if needs_weight or needs_bias else None  # [N * T, O]
         return (
             grad_output @ weight if needs_input else None,
-            rows.t() @ input.reshape(-1, input.shape[-1]) if needs_weight else None,
+            rows.t() @ input.flatten(0, -2) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
         )
 

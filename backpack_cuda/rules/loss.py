@@ -80,7 +80,7 @@ def _form(
     if not extensions:
         return
     if hessian is not None:
-        _check_connected(ctx.module, hessian)
+        _check_prediction(ctx.module, hessian.prediction)
     edge = GradientEdge(*ctx.next_functions[0])
     products = [ext for ext in extensions if isinstance(ext, ProductExtension)]
     extensions = [ext for ext in extensions if ext not in products]
@@ -112,11 +112,16 @@ def _authored_hessian(
     return given_hessian(module, args[0], columns)
 
 
-def _check_connected(module: nn.Module, hessian: LossHessian) -> None:
-    if hessian.prediction.grad_fn is None:
+def _check_prediction(module: nn.Module, prediction: Tensor) -> None:
+    if prediction.grad_fn is None:
         raise RuntimeError(
             f"{type(module).__name__}: its first argument must be the prediction of an extended model, got a tensor "
             "without a graph"
+        )
+    if len(prediction) and not prediction.numel():
+        raise ValueError(
+            f"{type(module).__name__}: expected a prediction with at least one entry for each sample, got "
+            f"{list(prediction.shape)}"
         )
 
 
