@@ -258,7 +258,7 @@ class ObserverFunction(torch.autograd.Function):
             pass
         elif ctx.sweeping:
             if observation.rule is not None and ctx.sweeping != TO_PARAMETERS:
-                needed = _needed_edges(ctx)
+                needed = _needed(ctx, _edges(ctx))
                 pulled = _pull_back(replay_of(ctx, ctx.saved_tensors), needed, grad_outputs)
                 gradients = dict(zip(needed, pulled, strict=True))
                 grad_outputs = (None,) * len(grad_outputs)
@@ -276,24 +276,34 @@ class ObserverFunction(torch.autograd.Function):
                     use = observation.form(observation._replace(parameters=wanted), args, kwargs, grad_outputs)
                 else:
                     columns = [None if grad is None else grad[None] for grad in grad_outputs]
+                    replays = state.forms_from_gradients or ctx.replay is not None
                     pulled = replay_of(ctx, saved).pull_back(columns, 1)
                     use = pulled.use()
-                    if wanted and state.forms_from_gradients and not torch.is_grad_enabled():
+                    if wanted and replays and not torch.is_grad_enabled():
                         fused = not state.shared(ctx, wanted.values())
                 gradients = record(state, ctx, module, use, wanted, args[0] if args else kwargs.get("input"), fused)
                 ctx.replay = None
                 if fused:
-                    inputs = [name for name in _needed_edges(ctx) if name not in observation.parameters]
+                    inputs = _needed(ctx, input_edges(ctx))
                     gradients |= dict(zip(inputs, (g[0] for g in pulled.gradients(inputs)), strict=True))
                     grad_outputs = (None,) * len(grad_outputs)
         return (None, None, *grad_outputs, *map(gradients.get, observation.edges))
 
 
-def _needed_edges(node) -> list[str]:
-    """The names of an observer's edges whose gradients the running backward pass needs."""
+def _edges(node) -> dict[str, int]:
+    """The places of an observer's edges past torch's graph among its operands, by their names."""
     edges = node.observation.edges
-    first = len(node.next_functions) - len(edges)
-    return [name for i, name in enumerate(edges) if reached(node.next_functions[first + i][0]) is not False]
+    return dict(zip(edges, range(len(node.next_functions) - len(edges), len(node.next_functions)), strict=True))
+
+
+def input_edges(node) -> dict[str, int]:
+    """Those of the call's inputs."""
+    return {name: edge for name, edge in _edges(node).items() if name not in node.observation.parameters}
+
+
+def _needed(node, edges: dict[str, int]) -> list[str]:
+    """The names of those edges whose gradients the running backward pass needs."""
+    return [name for name, edge in edges.items() if reached(node.next_functions[edge][0]) is not False]
 
 
 def replay_of(node, saved: tuple[Tensor, ...]) -> Replay:

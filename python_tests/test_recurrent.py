@@ -216,9 +216,15 @@ def test_second_order(case):
     model, (x, states) = build(case), inputs_of(case)
     targets = torch.arange(len(x)) % 3
     expected = stock_curvature(case, model, x, states, lambda f: nn.functional.cross_entropy(f, targets))
+    leaves = [*model.parameters(), *(states or ())]
+    value = nn.functional.cross_entropy(model(x, states, case.lengths), targets)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     with backpack(*[extension() for extension in EXACT]):
         extend(nn.CrossEntropyLoss())(extend(model)(x, states, case.lengths), targets).backward()
     assert_exact_ggn(model, expected, 1e-8)
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        if gradient is not None:
+            assert_close("grad", leaf.grad, gradient, 1e-10)
 
 
 @pytest.mark.parametrize("convention", ["backpack", "expand", "reduce"])
@@ -263,7 +269,7 @@ def test_dropout(kind, layout):
     case = Case(kind, layout, layers=3, bidirectional=True, states=True)
     torch.manual_seed(0)
     model, (x, states) = Reader(case, dropout=0.4).double(), inputs_of(case)
-    leaves = [*model.parameters(), *states]
+    leaves = [*model.parameters(), *(states or ())]
     torch.manual_seed(5)
     expected = model(x, states, case.lengths)
     gradients = torch.autograd.grad(expected.sin().sum(), leaves)
@@ -656,6 +662,20 @@ def test_parametrised_and_tied_weights_take_the_general_way():
             extend(module)(x)[0].sin().sum().backward()
         for parameter, row in zip(parameters, rows, strict=True):
             assert_close("grad_batch", parameter.grad_batch, row, 1e-10)
+
+
+def test_a_weight_that_acts_outside_of_its_module():
+    """A part of its curvature would be missing: refused, unless it is frozen."""
+    module, loss = extend(nn.GRU(2, 3, batch_first=True)), extend(nn.MSELoss())
+    head, x, targets = extend(nn.Linear(3, 1)), torch.randn(2, 4, 2), torch.zeros(2, 1)
+    prediction = head(module(x)[0][:, -1] * module.weight_hh_l0.sum())
+    with backpack(DiagGGNExact()), pytest.raises(NotImplementedError, match="GRU.weight_hh_l0 .*outside of its module"):
+        loss(prediction, targets).backward()
+    module.weight_hh_l0.requires_grad_(False)
+    prediction = head(module(x)[0][:, -1] * module.weight_hh_l0.sum())
+    with backpack(DiagGGNExact()):
+        loss(prediction, targets).backward()
+    assert hasattr(module.weight_ih_l0, "diag_ggn_exact")
 
 
 def test_errors_are_torchs():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction, parameters_of, replay_of
+from backpack_cuda.capture import LayerFunction, ObserverFunction, input_edges, parameters_of, replay_of
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.memory import free_memory
@@ -465,8 +465,10 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
                 passing.append(node)
             if isinstance(node, _LAYER_NODE):
                 following = following[:1]  # of the input
+            elif node.observation.rule is not None:
+                following = [node.next_functions[edge] for edge in input_edges(node).values()]
         elif name == "torch::autograd::AccumulateGrad":
-            outside.add(id(node.variable))  # or inside of a module with an observer
+            outside.add(id(node.variable))  # or inside of a module without a rule
         else:
             if "BatchNorm" in name:
                 mixing.append(node)
@@ -476,7 +478,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
                     "quantities need use_reentrant=False"
                 )
         stack.extend(operand for operand, _ in following)
-    outside -= {id(p) for layer in layers if isinstance(layer.node, _OBSERVER_NODE) for p in layer.parameters.values()}
+    outside -= {id(p) for layer in layers if layer.batch_size is None for p in layer.parameters.values()}
     for layer in layers:
         for name, parameter in layer.parameters.items():
             if id(parameter) in outside:

@@ -139,7 +139,7 @@ class TanhCell(_Elman):
 
     @staticmethod
     def _derivative(hidden: Tensor) -> Tensor:
-        return tanh_backward(torch.ones_like(hidden), hidden)
+        return torch.addcmul(hidden.new_ones(()), hidden, hidden, value=-1)
 
 
 class ReluCell(_Elman):
