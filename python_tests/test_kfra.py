@@ -202,6 +202,7 @@ CHAINS = {
     "gated": lambda: vectors(Function(lambda x: x[:, :3] * x[:, 3:].sigmoid())),
     "unevenly": lambda: vectors(Function(lambda x: torch.where(x > 0, x, 0.1 * x * x))),
     "broadcast": lambda: vectors(Function(lambda x: x - x.mean(1, keepdim=True))),
+    "many features": lambda: vectors(nn.Sequential(nn.Linear(6, 300), nn.Tanh(), nn.Linear(300, 129))),
     "of constants": lambda: vectors(Function(lambda x: torch.linspace(1, 2, 24).view(4, 6).double() * x)),
     "gathered": lambda: vectors(Function(lambda x: x.gather(1, torch.arange(24).view(4, 6).flip(0) % 5))),
     "a product of samples": lambda: vectors(Function(lambda x: torch.einsum("ni,nij->nj", x, rising(4, 6, 5)))),

@@ -4,7 +4,8 @@
 |--------------------------------------------|-------------------------------------------------------------------------|
 | views, sums with a constant                | nothing                                                                 |
 | elementwise functions, slopes d_n          | mat * (1/N) sum_n d_n d_n^T                                             |
-| a Linear layer or convolution              | rows of mat are samples of the layer's own backward, twice              |
+| a Linear layer on [N, I]                   | W^T mat W                                                               |
+| another Linear layer, a convolution        | rows of mat are samples of the layer's own backward, twice              |
 | max pooling                                | mat is added at the places that were chosen, for every sample           |
 | anything whose J_n is the same for all n   | N rows of mat at a time as one column of the batch, twice               |
 | anything else                              | rows of mat as columns for every sample, twice                          |
@@ -54,6 +55,7 @@ _SAME_FOR_ALL = _UNCHANGED | frozenset(
 _SAME_IN = {"Mm": 0, "Addmm": 1, "Linear": 0, "Convolution": 0}
 
 _SMALL = 128  # below, torch's product is faster than the kernel for symmetric ones
+_STRIPES = 8  # of rows, in which a symmetric product is formed, without what earlier ones contain
 
 _MAX_POOLINGS = {  # -> the number of pooled dims
     "MaxPool2DWithIndices": 2,
@@ -224,6 +226,25 @@ class _Layer(_Twice):
         return found.reshape(len(rows), -1)
 
 
+class _Linear(_Layer):
+    """A Linear layer on a sample without further dimensions: W^T mat W, of whose symmetric product a half is formed."""
+
+    def run(self, matrix: Tensor, owned: bool, saved: tuple) -> Tensor:
+        _, weight = saved  # [O, I]
+        features = len(weight.t())
+        if features < _SMALL or torch.is_grad_enabled():
+            return super().run(matrix, owned, saved)
+        weight = weight.to(self.dtype)
+        product = weight.t() @ matrix  # [I, O]
+        result = product.new_empty(features, features)
+        step = max(_SMALL, features // _STRIPES)
+        for begin in range(0, features, step):
+            end = begin + step
+            torch.mm(product[begin:end], weight[:, begin:], out=result[begin:end, begin:])
+            result[end:, begin:end] = result[begin:end, end:].t()
+        return result
+
+
 class _SameForAll(_Twice):
     """As many rows as there are samples in one column of the batch."""
 
@@ -340,12 +361,19 @@ def _kind(point: Point) -> type[Step]:
             return _Elementwise
         if len(point.between) == 1:
             if isinstance(source.node, _LAYER_NODE):
-                return _Layer
+                is_plain_linear = getattr(source.node.operation, "bias_dim", None) == -1 and _has_rows(point)
+                return _Linear if is_plain_linear else _Layer
             if not isinstance(source.node, BackwardCFunction) and function_name(source.node.name()) in _MAX_POOLINGS:
                 return _MaxPooling
     if all(_is_same_for_all(node, p) for node, p in places.items()):
         return _SameForAll
     return _Generic
+
+
+def _has_rows(point: Point) -> bool:
+    """Whether the point is a tensor [N, D]."""
+    (metadata,) = point.metadata
+    return len(metadata.shape) == 2 and metadata.shape[1] == point.features
 
 
 def _hands_on(node: BackwardCFunction) -> bool:
