@@ -34,6 +34,7 @@ from backpack_cuda import backpack, extend
 from backpack_cuda.curvature import register_loss
 from backpack_cuda.extensions import HBP, KFAC, KFLR, KFRA, DiagGGNExact
 from backpack_cuda.extensions.curvature import Curvature
+from backpack_cuda.extensions.module_extension import ModuleExtension
 from backpack_cuda.extensions.secondorder.hbp import BackpropStrategy, ExpectationApproximation, LossHessianStrategy
 
 EXACT, SAMPLING, SUM = LossHessianStrategy.EXACT, LossHessianStrategy.SAMPLING, LossHessianStrategy.SUM
@@ -690,6 +691,18 @@ def test_memory_limit(make):
     enough = make(memory_limit=limited.memory_needed)
     backward(model, nn.CrossEntropyLoss(), inputs, targets, enough)
     assert all(hasattr(p, enough.savefield) for p in model.parameters())
+
+
+def test_the_place_is_named_where_modules_keep_their_tensors():
+    """As the quantities that others write make them do."""
+
+    class Unused(ModuleExtension):
+        pass
+
+    model, inputs, targets = wide(50)
+    with pytest.raises(ValueError, match=r"largest \[50, 50\] at the result of relu"):
+        backward(model, nn.CrossEntropyLoss(), inputs, targets, KFRA(memory_limit=1))
+    assert Unused.__name__  # alive until here
 
 
 def test_nothing_large_is_allocated():

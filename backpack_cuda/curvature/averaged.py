@@ -370,7 +370,9 @@ _known_apart: weakref.WeakKeyDictionary[nn.Module, dict] = weakref.WeakKeyDictio
 
 
 def _place(point: Point) -> str:
-    node = point.node
+    node, output = point.node, point.edges[0].output_nr
+    while getattr(getattr(type(node), "_forward_cls", None), "hands_on", False):  # the ends of a module's call
+        node, output = node.next_functions[output]
     if isinstance(node, _LAYER_NODE):
         return f"the output of {type(node.module).__name__}"
     if hasattr(node, "observation"):
