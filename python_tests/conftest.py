@@ -39,6 +39,17 @@ def device(request) -> torch.device:
     return chosen
 
 
+@pytest.fixture(autouse=True, scope="module")
+def extensions_of_one_file():
+    """What a file's tests define and register makes modules keep their tensors: not in the files after it."""
+    yield
+    from backpack_cuda import authored
+
+    authored._module_classes.clear()
+    authored._unused.clear()
+    authored._anything = False
+
+
 @pytest.fixture(autouse=True)
 def same_start():
     """Every test starts from the same random state, on one thread: small shapes gain nothing from more."""

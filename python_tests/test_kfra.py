@@ -730,7 +730,7 @@ def test_memory_is_freed():
     before = tensors()
     for limit in (None, 0, None):
         step(limit)
-    assert tensors() == before
+    assert tensors() <= before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
