@@ -177,8 +177,8 @@ def result_section(order: str, results: dict[str, Any]) -> str:
     facts = [
         f"{results['date']}, commit {results['commit'] or 'unknown'}; torch {results['torch']}; {versions}.",
         f"Rounds: {options['rounds']}, and {options['slow_rounds']} for cells slower than {options['slow_ratio']:.0f} "
-        f"plain steps; cells whose first step took more than {options['once_seconds']:.0f} s ran once more. Untimed "
-        f"steps of the same cell before each timed one: {options['warm_steps']}.",
+        f"plain steps; cells whose first step took more than {options['once_seconds']:.0f} s ran once more at most. "
+        f"Untimed steps of the same cell before each timed one: {options['warm_steps']}.",
     ]
     tables = [model_table(model, results) for model in results["models"]]
     return "\n".join([f"## {TITLES[order]}: {where}", "", *facts, "", *tables])

@@ -53,7 +53,7 @@ NETWORKS = ("mlp", "3c3d", "seq", "encoder")
 LAYERS = ["BatchGrad", "BatchL2Grad", "SumGradSquared", "DiagGGNExact", "DiagGGNMC"]
 LARGE = ["HMP 1", "GGNMP 1", "GGNMP 10", "GGNMP 10 alone", "PCHMP 1"]  # all products would take a minute more
 ORDERS = {
-    "first": Order(dict.fromkeys(NETWORKS, FIRST_ORDER), Options.rounds),
+    "first": Order(dict.fromkeys(NETWORKS, FIRST_ORDER), 15),
     # Where all activations are piecewise linear, the Hessian's diagonal is that of the GGN; attention refuses it.
     "second": Order(
         dict.fromkeys(NETWORKS, SECOND_ORDER.keys() - {"DiagHessian"}) | {"curved": SECOND_ORDER},
@@ -97,11 +97,11 @@ def commit() -> str | None:
         return None
 
 
-def conditions(options: Options, versions: dict[str, str]) -> dict[str, Any]:
+def conditions(options: Options, versions: dict[str, str], commit: str | None) -> dict[str, Any]:
     """What a reader needs to know about a run."""
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit(),
+        "commit": commit,
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
         "torch": torch.__version__,
@@ -159,7 +159,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", type=names(CASES), help=f"of {','.join(CASES)}")
     parser.add_argument("--libraries", type=names(LIBRARIES), help=f"of {','.join(LIBRARIES)}")
     parser.add_argument("--quantities", type=names(QUANTITIES), help=f"of {','.join(QUANTITIES)}")
-    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 30, beyond the first order 5)")
+    parser.add_argument("--rounds", type=int, help="timed steps per cell (default: 15, beyond the first order 5)")
     parser.add_argument("--warm-steps", type=int, default=default.warm_steps, help="untimed steps before each")
     parser.add_argument("--threads", type=int, help=f"of torch (default {default.threads})")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the order within a round")
@@ -178,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
     versions = installed(args.libraries or list(LIBRARIES))
     out = args.out or (FOLDER / "results" / f"{args.device}.json" if complete else None)
     results = json.loads(out.read_text()) if out and out.exists() else {}
+    measured = commit()  # before the results of the first part change the working tree
     for name in args.order:
         order = ORDERS[name]
         options = Options(
@@ -190,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         chosen = args.quantities or preset.get("quantities", QUANTITIES)
         taking_part = {library: version for library, version in versions.items() if library in order.libraries}
-        run = conditions(options, taking_part) | {"models": {}}
+        run = conditions(options, taking_part, measured) | {"models": {}}
         for model in args.models or preset.get("models", CASES):
             quantities = [q for q in chosen if q in order.quantities.get(model, ())]
             cells = [(lib, q) for lib in taking_part for q in quantities if q in LIBRARIES[lib].quantities]
