@@ -211,6 +211,15 @@ CHAINS = {
     "complex": lambda: vectors(Function(lambda x: torch.fft.rfft(x).abs())),
     "in place": lambda: vectors(nn.ReLU(inplace=True)),
     "upside down": lambda: vectors(Function(lambda x: x.flip(0).flip(0))),
+    "lengths": lambda: (
+        tokens(Function(lambda x: torch.stack([s[:k].sum(0, True) for s, k in zip(x, (1, 3, 2), strict=True)])))[0],
+        (3, 3, 3),
+    ),
+    "halves of the batch": lambda: vectors(Function(lambda x: torch.cat([-x[:2], x[2:]], -2))),
+    "one channel after the other": lambda: vectors(Function(lambda x: torch.stack([3 - x[..., 0], x[..., 4]], 1))),
+    "a convolution for each sample": lambda: lines(
+        Function(lambda x: nn.functional.conv1d(x.reshape(1, 6, -1), rising(6, 2, 2), groups=3).view(3, 2, -1))
+    ),
     "attention of few tokens": lambda: (tokens(Attention(4))[0], (3, 2, 3)),
     "skip": lambda: vectors(Skip(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 6, bias=False))),
     "skip in skip": lambda: vectors(Skip(Skip(nn.Linear(6, 6), nn.Sigmoid()), nn.Tanh(), nn.Linear(6, 6))),

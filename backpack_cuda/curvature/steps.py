@@ -40,7 +40,8 @@ _ELEMENTWISE = frozenset(ELEMENTWISE) | frozenset(
     "NativeDropout".split()
 )
 
-# With a Jacobian that does not depend on the operands, nor on the sample where samples do not act on each other.
+# With a Jacobian that does not depend on the operands, nor on the sample where samples do not act on each other and are
+# not chosen by their index (_keeps_samples).
 _SAME_FOR_ALL = _UNCHANGED | frozenset(
     "Add Sub Rsub Neg Sum Mean Cumsum Permute Transpose Expand Repeat Unfold Im2Col Col2Im "
     "PixelShuffle PixelUnshuffle ChannelShuffle Flip Roll Select Slice Split SplitWithSizes Unbind Cat Stack "
@@ -53,6 +54,9 @@ _SAME_FOR_ALL = _UNCHANGED | frozenset(
 
 # The same in the operand of this index, where it alone depends on the samples.
 _SAME_IN = {"Mm": 0, "Addmm": 1, "Linear": 0, "Convolution": 0}
+
+# Where nodes keep the dimensions that they choose from, sum over or move.
+_DIMS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dimension")
 
 _SMALL = 128  # below, torch's product is faster than the kernel for symmetric ones
 _STRIPES = 8  # of rows, in which a symmetric product is formed, without what earlier ones contain
@@ -344,10 +348,10 @@ def in_pieces(count: int, at_a_time: int, form: Callable[[int, int], Tensor]) ->
 
 def step_to(point: Point, batch_size: int, dtype: torch.dtype, budget: Budget) -> Step:
     """The cheapest step from a point's parent that is known to be right; matrices are of the type `dtype`."""
-    return _kind(point)(point, batch_size, dtype, budget)
+    return _kind(point, batch_size)(point, batch_size, dtype, budget)
 
 
-def _kind(point: Point) -> type[Step]:
+def _kind(point: Point, batch_size: int) -> type[Step]:
     inside = {point.node, *point.between[:-1]}
     # Of every function the places of operands that come from the point.
     places = {
@@ -365,7 +369,7 @@ def _kind(point: Point) -> type[Step]:
                 return _Linear if is_plain_linear else _Layer
             if not isinstance(source.node, BackwardCFunction) and function_name(source.node.name()) in _MAX_POOLINGS:
                 return _MaxPooling
-    if all(_is_same_for_all(node, p) for node, p in places.items()):
+    if all(_is_same_for_all(node, p) and _keeps_samples(node, p[0], batch_size) for node, p in places.items()):
         return _SameForAll
     return _Generic
 
@@ -419,6 +423,25 @@ def _is_same_for_all(node: Node, places: Sequence[int]) -> bool:
         return isinstance(node, _LAYER_NODE) or _hands_on(node)
     name = function_name(node.name())
     return name in _SAME_FOR_ALL or (name in _SAME_IN and list(places) == [_SAME_IN[name]])
+
+
+def _keeps_samples(node: Node, place: int, batch_size: int) -> bool:
+    """Whether the samples are in dimension 0 of what a node returns, where it treats none in its own way: a loop over
+    them, of which each is sliced as its length says, is no function with the same Jacobian for all.
+    """
+    if batch_size < 2:
+        return True
+    if any(not m.shape or m.shape[0] % batch_size for m in node._input_metadata):
+        return False
+    if isinstance(node, BackwardCFunction):
+        return True
+    of_result = function_name(node.name()) in ("Stack", "Unsqueeze")
+    size = len((node._input_metadata[0] if of_result else operand_metadata(node, place)).shape)
+    dims: list[int] = []
+    for name in _DIMS:
+        found = getattr(node, name, ())
+        dims += found if isinstance(found, tuple) else (found,)
+    return {0, (1 << 64) - size}.isdisjoint(dims)  # negative ones are those of unsigned integers
 
 
 def saved_for_step(point: Point) -> tuple:
