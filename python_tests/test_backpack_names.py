@@ -15,6 +15,7 @@ from torch import Tensor
 pytest.importorskip("backpack", reason="BackPACK is not installed")
 PAGE = Path(__file__).parents[1] / "docs/backpack.md"
 OURS, THEIRS = Library("backpack_cuda"), Library("backpack")
+HBP_ARGUMENTS = ("ggn", "exact", "sqrt", "E[J^T E(H) J]")
 REFUSED = "autograd serves their users; the import says how"
 NAMES = {name.path: name for names in SECTIONS.values() for name in names}
 
@@ -61,6 +62,28 @@ def deliberate(error: Exception) -> bool:
 @pytest.mark.parametrize("path", NAMES)
 def test_name(path):
     verdict(path)
+
+
+BASES = [
+    "BackpropExtension",
+    "extensions.firstorder.base.FirstOrderBackpropExtension",
+    "extensions.secondorder.base.SecondOrderBackpropExtension",
+    "extensions.HBP",
+]
+
+
+@pytest.mark.parametrize("path", [name.path for name in SECTIONS["Quantities"]])
+def test_bases(path):
+    """`issubclass`, and `isinstance` through `is_extension_active`, as in BackPACK; and what a base decides."""
+
+    def relations(library: Library):
+        quantity = library(path)
+        extension = quantity(*HBP_ARGUMENTS) if path.endswith("HBP") else quantity()
+        with library("backpack")(extension):
+            active = [library("context.CTX").is_extension_active(library(base)) for base in BASES]
+        return [issubclass(quantity, library(base)) for base in BASES], active, extension._fail_mode
+
+    assert relations(OURS) == relations(THEIRS)
 
 
 @pytest.mark.parametrize("path", derivative_classes())

@@ -9,6 +9,7 @@ chain of them is a step of its own, a block with a skip connection one step, of 
 same holds for the functions there, from where the branch joins the others.
 """
 
+from abc import ABCMeta
 from numbers import Integral
 
 from torch import Tensor
@@ -21,12 +22,12 @@ from backpack_cuda.extensions.curvature import (
     LossHessianStrategy,
     one_of,
 )
-from backpack_cuda.extensions.kronecker import KroneckerExtension
+from backpack_cuda.extensions.kronecker import KFAC, KFLR, KroneckerExtension
 from backpack_cuda.extensions.second_order import Root, checked_mc_samples
 from backpack_cuda.per_sample import ColumnUse
 
 
-class HBP(KroneckerExtension):
+class HBP(KroneckerExtension, metaclass=ABCMeta):
     """Kronecker-factored curvature with every choice: `[B, A]` for a weight, `[B]` for a bias, saved as `hbp`.
 
     `KFAC`, `KFLR` and `KFRA` are choices of it:
@@ -109,11 +110,6 @@ class HBP(KroneckerExtension):
                 "backpack_cuda.register_layer makes a layer known to all quantities"
             )
 
-    @property
-    def averages(self) -> bool:
-        """Whether one matrix is pushed back rather than columns."""
-        return self.backprop_strategy == BackpropStrategy.BATCH_AVERAGE
-
     def input_factor(self, use: ColumnUse, name: str) -> Tensor | None:
         averaged = self.ea_strategy == ExpectationApproximation.CHEN
         return super().input_factor(use.with_mean_input(name) if averaged else use, name)
@@ -170,3 +166,8 @@ class KFRA(HBP):
 
     def _choices(self) -> list[str]:
         return []
+
+
+# Choices of it, so that isinstance() and CTX.is_extension_active() find them under this name, as in BackPACK.
+HBP.register(KFAC)
+HBP.register(KFLR)

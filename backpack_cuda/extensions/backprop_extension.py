@@ -129,3 +129,23 @@ class BackpropExtension:
     def __repr__(self) -> str:
         arguments = "" if self._subsampling is None else f"subsampling={self._subsampling}"
         return f"{type(self).__name__}({arguments})"
+
+
+class FirstOrderBackpropExtension(BackpropExtension):
+    """A BackpropExtension that warns at modules with parameters that it has no extension for, rather than fail."""
+
+    def __init__(
+        self,
+        savefield: str,
+        module_exts: dict[type[nn.Module], ModuleExtension] | None = None,
+        fail_mode: str = FAIL_WARN,
+        subsampling: Sequence[int] | None = None,
+    ):
+        super().__init__(savefield, module_exts, fail_mode, subsampling)
+
+
+class SecondOrderBackpropExtension(BackpropExtension):
+    """A BackpropExtension with backpropagated quantities; see `ModuleExtension.backpropagate`."""
+
+    def expects_backpropagation_quantities(self) -> bool:
+        return True

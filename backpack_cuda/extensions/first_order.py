@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from backpack_cuda.extensions.backprop_extension import BackpropExtension
+from backpack_cuda.extensions.backprop_extension import FirstOrderBackpropExtension
 from backpack_cuda.stats import Stats, Want
 
 
-class FirstOrderExtension(BackpropExtension):
+class FirstOrderExtension(FirstOrderBackpropExtension):
     """A quantity that follows from statistics of the per-sample gradients; `want` names the statistics."""
 
     own = True

@@ -47,6 +47,11 @@ class KroneckerExtension(SecondOrderExtension):
         super().__init__(savefield, root, fail_mode)
         self.convention = one_of("convention", convention, CONVENTIONS)
 
+    @property
+    def averages(self) -> bool:
+        """Whether one matrix is pushed back rather than columns."""
+        return self.backprop_strategy == BackpropStrategy.BATCH_AVERAGE
+
     def get_curv_type(self) -> str:
         """Which matrix is approximated, of `Curvature`."""
         return self.curv_type

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backpack_cuda.extensions.backprop_extension import FAIL_ERROR, BackpropExtension
+from backpack_cuda.extensions.backprop_extension import FAIL_ERROR, SecondOrderBackpropExtension
 from backpack_cuda.stats import ColumnStats, ColumnWant
 
 
@@ -38,7 +38,7 @@ def checked_mc_samples(value) -> int:
     return int(value)
 
 
-class SecondOrderExtension(BackpropExtension):
+class SecondOrderExtension(SecondOrderBackpropExtension):
     """A quantity that is formed from columns of the curvature's square root at the layers' outputs."""
 
     own = True
@@ -57,9 +57,6 @@ class SecondOrderExtension(BackpropExtension):
     ):
         super().__init__(savefield, fail_mode=fail_mode, subsampling=subsampling)
         self.root = root
-
-    def expects_backpropagation_quantities(self) -> bool:
-        return True
 
     def check_takes_module_extensions(self) -> None:
         if self.root.with_residuals:

@@ -1,10 +1,5 @@
-"""Base of quantities that others write and whose modules hand quantities back to each other."""
+"""Base of quantities whose modules hand quantities back to each other, under BackPACK's import path."""
 
-from backpack_cuda.extensions.backprop_extension import BackpropExtension
+from backpack_cuda.extensions.backprop_extension import SecondOrderBackpropExtension
 
-
-class SecondOrderBackpropExtension(BackpropExtension):
-    """A BackpropExtension with backpropagated quantities; see `ModuleExtension.backpropagate`."""
-
-    def expects_backpropagation_quantities(self) -> bool:
-        return True
+__all__ = ["SecondOrderBackpropExtension"]
