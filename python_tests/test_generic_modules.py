@@ -67,6 +67,21 @@ class Doubled(nn.Linear):
         return 2 * super().forward(input) + self.weight.sum()
 
 
+class TiedWithChild(nn.Module):
+    """Own parameters, one of them under two names and one that is a child's, too."""
+
+    def __init__(self, child: nn.Module):
+        super().__init__()
+        self.child = child
+        self.first = self.again = nn.Parameter(torch.randn(4, 4))
+        self.tied = next(child.parameters())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.child(x)
+        y = y[0] if isinstance(y, tuple) else y
+        return (y @ self.first).tanh() @ self.again @ self.tied[:4]
+
+
 class LowRank(nn.Module):
     """A frozen layer with a trainable low-rank update."""
 
@@ -125,6 +140,9 @@ class TableLookup(nn.Module):
 RIGHT = {
     "container with own parameters": lambda: (Container(), normal(3, 5, 4)),
     "subclass of Linear": lambda: (nn.Sequential(nn.Linear(3, 4), Doubled(4, 2)), normal(4, 3)),
+    "tied with a Linear child": lambda: (TiedWithChild(nn.Linear(4, 4)), normal(3, 4)),
+    "tied with an Embedding child": lambda: (TiedWithChild(nn.Embedding(5, 4)), torch.randint(5, (3, 2))),
+    "tied with a recurrent child": lambda: (TiedWithChild(nn.GRU(4, 4, batch_first=True)), normal(3, 2, 4)),
     "low-rank update": lambda: (LowRank(), normal(5, 4)),
     "several normalisations": lambda: (
         nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Unflatten(1, (4, 2)), nn.GroupNorm(2, 4), nn.PReLU()),

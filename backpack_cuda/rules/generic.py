@@ -30,13 +30,14 @@ _WEIGHT_HOOKS = (WeightNorm, BasePruningMethod)
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def owned_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+def owned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
     """The parameters that `module`'s own forward uses: its direct ones and those of its parametrisations."""
     if isinstance(module, _WHOLE):
-        return dict(module.named_parameters())
-    owned = dict(module.named_parameters(recurse=False))
+        return dict(module.named_parameters(remove_duplicate=remove_duplicate))
+    owned = dict(module.named_parameters(recurse=False, remove_duplicate=remove_duplicate))
     if "parametrizations" in module._modules:
-        owned.update(module.parametrizations.named_parameters(prefix="parametrizations"))
+        inside = module.parametrizations
+        owned.update(inside.named_parameters(prefix="parametrizations", remove_duplicate=remove_duplicate))
     return owned
 
 
@@ -134,7 +135,8 @@ class _Samples:
     def __init__(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, positions: list[int]):
         self._name = type(module).__name__
         self._bare = _Bare(module, forward)
-        self._buffers = {f"module.{name}": buffer for name, buffer in module.named_buffers()}
+        self._owned = owned_parameters(module, remove_duplicate=False)
+        self._buffers = {f"module.{name}": b for name, b in module.named_buffers(remove_duplicate=False)}
         self._positions = positions  # of the differentiated tensors among the outputs' leaves
         batch_dim = 0 if getattr(module, "batch_first", True) else 1
         dims = None
@@ -161,10 +163,14 @@ class _Samples:
 
     def _call(self, parameters: dict[str, Tensor], leaves: list) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The differentiated outputs for the given parameters and input leaves; and the buffers afterwards."""
-        buffers = {name: buffer.clone() for name, buffer in self._buffers.items()}
-        state = {f"module.{name}": tensor for name, tensor in parameters.items()} | buffers
+        clones = {id(buffer): buffer.clone() for buffer in self._buffers.values()}
+        buffers = {name: clones[id(buffer)] for name, buffer in self._buffers.items()}
+        by_id = {id(self._owned[name]): tensor for name, tensor in parameters.items()}
+        own = {f"module.{name}": by_id[id(p)] for name, p in self._owned.items() if id(p) in by_id}
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        outputs = pytree.tree_leaves(torch.func.functional_call(self._bare, state, args, kwargs))
+        # Not where a child has the same parameter: that use is the child's.
+        call = torch.func.functional_call(self._bare, own | buffers, args, kwargs, tie_weights=False)
+        outputs = pytree.tree_leaves(call)
         return [outputs[i] for i in self._positions], buffers
 
     def batch_grads(
