@@ -1056,16 +1056,19 @@ def test_batch_grad_next_to_a_sweep_keeps_its_own_batch(device):
 
 
 @pytest.mark.parametrize("budget", [1, None])
-def test_retained_gradient_of_the_prediction(budget):
+@pytest.mark.parametrize("extensions", [[DiagGGNExact], [DiagGGNExact, KFLR, lambda: DiagGGNMC(3)], [DiagHessian]])
+def test_retained_gradient_of_the_prediction(extensions, budget):
     """`prediction.retain_grad()` holds the gradient, not the sum of it and the columns."""
     torch.manual_seed(0)
     model, loss_function = extend(nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))), extend(nn.MSELoss())
     x, y = torch.randn(3, 4), torch.randn(3, 2)
     prediction = model(x)
     prediction.retain_grad()
-    with backpack(DiagGGNExact(), memory_budget=budget):
-        loss_function(prediction, y).backward()
-    torch.testing.assert_close(prediction.grad, (prediction.detach() - y) / 3)
+    value = loss_function(prediction, y)
+    for passes in (1, 2):
+        with backpack(*[extension() for extension in extensions], memory_budget=budget):
+            value.backward(retain_graph=True)
+        torch.testing.assert_close(prediction.grad, passes * (prediction.detach() - y) / 3)
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (2, 5, 3)])

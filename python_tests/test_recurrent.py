@@ -25,6 +25,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from backpack_cuda import backpack, disable, extend
 from backpack_cuda.extensions import (
+    GGNMP,
+    HMP,
     KFAC,
     KFLR,
     BatchDiagGGNExact,
@@ -257,6 +259,26 @@ def test_empirical_factors(layout):
     with backpack(KFAC(fisher="empirical")):
         extend(nn.MSELoss())(extend(model)(x, None, case.lengths), targets).backward()
     assert_factors(model, "kfac", expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_packed_sequences(kind):
+    """torch packs and unpacks on no level of its function transforms."""
+    case = Case(kind, "packed, unsorted", bidirectional=True)
+    model, (x, _) = build(case), inputs_of(case)
+    targets = torch.arange(3)
+    expected = stock_curvature(case, model, x, None, lambda f: nn.functional.cross_entropy(f, targets))
+    value = nn.functional.cross_entropy(model(x, None, case.lengths), targets)
+    gradients = torch.autograd.grad(value, list(model.parameters()), create_graph=True)
+    with backpack(HMP(), GGNMP()):
+        extend(nn.CrossEntropyLoss())(extend(model)(x, None, case.lengths), targets).backward()
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        v = torch.randn_like(parameter)
+        (product,) = torch.autograd.grad(gradient, parameter, v, retain_graph=True)
+        assert_close(f"{name}.hmp", parameter.hmp(v), product, 1e-9)
+        jacobian, hessian = expected.jacobian[name], expected.hessian  # [N, C, *P], [N, C, C]
+        product = torch.einsum("nc...,nck,nk->...", jacobian, hessian, jacobian.flatten(2) @ v.flatten())
+        assert_close(f"{name}.ggnmp", parameter.ggnmp(v), product, 1e-9)
 
 
 # ---- dropout ----

@@ -38,6 +38,7 @@ from backpack_cuda.context import CTX, batching, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
+from backpack_cuda.curvature.pull_back import keeping_retained_gradient
 from backpack_cuda.curvature.residuals import residual_curvatures
 from backpack_cuda.extensions.products import HMP, PCHMP, ProductExtension
 from backpack_cuda.passes import Pass
@@ -309,15 +310,12 @@ class _Graph:
         """The layers' backward passes inside form no quantities, and the prediction retains no gradient of theirs."""
         for node in self.nodes:
             node.sweeping = TO_PARAMETERS
-        retained = prediction.grad if prediction.retains_grad else None
         try:
-            with sweeping():
+            with sweeping(), keeping_retained_gradient(prediction):
                 yield
         finally:
             for node in self.nodes:
                 node.sweeping = False
-            if prediction.retains_grad:
-                prediction.grad = retained
 
 
 def _zeros(places: Sequence) -> list[Tensor]:
@@ -609,13 +607,14 @@ def form_products(
 def _apart_if_possible(record: Callable[[bool, bool], Result], attached: bool) -> Result:
     """`record(attached, apart)`, apart from the model's graph unless the products are to be differentiable.
 
-    Nor can a checkpointed segment run its layers again on a level; attached to the graph it can.
+    Nor can a checkpointed segment run its layers again on a level, or torch unpack a PackedSequence, whose batch sizes
+    it reads from memory that a level hides; attached to the graph they can.
     """
     if not attached:
         try:
             return record(attached, True)
         except RuntimeError as error:
-            if "_SingleLevelFunction" not in str(error):
+            if not any(sign in str(error) for sign in ("_SingleLevelFunction", "Cannot access data pointer")):
                 raise
     return record(attached, False)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,25 @@ def pull_back(
     if count == 1:
         return [None if grad is None else grad[None] for grad in found[0]]
     return [None if grads[0] is None else torch.stack(grads) for grads in zip(*found, strict=True)]
+
+
+@contextlib.contextmanager
+def keeping_retained_gradient(prediction: Tensor) -> Iterator[None]:
+    """What passes through `prediction` inside does not enter its gradient, if it retains that."""
+    if not prediction.retains_grad:
+        yield
+        return
+    retained = prediction.grad
+
+    def drop(_: Tensor) -> None:
+        prediction.grad = None  # torch would add to it, and what was retained under torch.vmap is no tensor any more
+
+    handle = prediction.register_hook(drop)  # runs before torch retains the gradient
+    try:
+        yield
+    finally:
+        handle.remove()
+        prediction.grad = retained
 
 
 def _batched(

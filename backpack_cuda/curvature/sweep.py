@@ -18,7 +18,7 @@ from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
-from backpack_cuda.curvature.pull_back import pull_back
+from backpack_cuda.curvature.pull_back import keeping_retained_gradient, pull_back
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
 from backpack_cuda.curvature.square_root import SquareRoot
 from backpack_cuda.extensions.kronecker import KroneckerExtension
@@ -222,15 +222,12 @@ class Sweep:
         nodes = [layer.node for layer in self.layers] + self.passing
         for node in nodes:
             node.sweeping = True
-        retained = self.prediction.grad if self.prediction.retains_grad else None
         try:
-            with sweeping():
+            with sweeping(), keeping_retained_gradient(self.prediction):
                 yield
         finally:
             for node in nodes:
                 node.sweeping = False
-            if self.prediction.retains_grad:  # without the columns
-                self.prediction.grad = retained
 
     def _push(
         self,
