@@ -19,7 +19,7 @@ class backpack:
     Args:
         *exts: instances of the classes in `backpack_cuda.extensions`; possibly none.
         extension_hook: called with a module once its quantities are present; they may be deleted there.
-            `module.input0` is the module's input (of modules with parameters) while the hook runs.
+            `module.input0` is the module's input (of modules whose weights have results) while the hook runs.
         debug: print what is formed.
         retain_graph: keep the inputs and outputs that modules extended with `store_io=True` hold, for a further
             backward pass through the same graph. Nothing else needs it.

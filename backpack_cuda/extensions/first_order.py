@@ -33,7 +33,7 @@ class FirstOrderExtension(FirstOrderBackpropExtension):
 
 
 class BatchGrad(FirstOrderExtension):
-    """Per-sample gradients g_n, saved as `grad_batch` [N, *P] in the parameter's type.
+    """Per-sample gradients g_n, saved as `grad_batch` [N, *P] in the parameter's type (autocast's under it).
 
     For a mean-reduced loss g_n = (1/N) grad f_n where f_n is sample n's own loss.
 

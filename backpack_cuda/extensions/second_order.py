@@ -196,10 +196,11 @@ class BatchDiagGGNMC(_BatchDiagonal):
 
 
 class SqrtGGNExact(_SquareRoot):
-    """Columns J_n^T S_vn of the GGN's square root, saved as `sqrt_ggn_exact` [C, N, *P] in the parameter's type.
+    """Columns J_n^T S_vn of the GGN's square root, saved as `sqrt_ggn_exact` [C, N, *P].
 
-    The GGN is the sum over (c, n) of their outer products. C is the number of the loss' columns: classes for
-    `CrossEntropyLoss` (times the extra dims' size), features for `MSELoss` and `BCEWithLogitsLoss`.
+    They are of the parameter's type (autocast's under it). The GGN is the sum over (c, n) of their outer products. C is
+    the number of the loss' columns: classes for `CrossEntropyLoss` (times the extra dims' size), features for `MSELoss`
+    and `BCEWithLogitsLoss`.
 
     Args:
         subsampling: indices of the samples to form columns for (may repeat): N is then their number, the scaling is
