@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from backpack_cuda import backpack, extend
-from backpack_cuda.extensions import BatchGrad, BatchL2Grad, SumGradSquared, Variance
+from backpack_cuda.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, SumGradSquared, Variance
 
 
 def statistics(stock: nn.Module, inputs: tuple[Tensor, ...], loss, batch_dims: tuple[int, ...]) -> dict[str, Stats]:
@@ -586,3 +586,102 @@ def test_saved_tensor_hooks(device):
     with torch.autograd.graph.save_on_cpu(), backpack(*all_extensions()):
         square(model(x.to(device))).backward()
     assert_quantities(model, expected)
+
+
+class WithParts(nn.Module):
+    """A parameter of its own, children, and an attribute of a kind that the library does not know."""
+
+    def __init__(self, setting=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2.0, 4))
+        self.activation = nn.Tanh()
+        self.linear = nn.Linear(4, 4)
+        self.setting = setting
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.linear(self.activation(input * self.weight)) * self.weight
+
+
+@pytest.mark.parametrize("setting", [None, object()])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_children_are_not_reached_twice(create_graph, setting, device):
+    """The calls of children that per-sample gradients are formed from have no hooks and store nothing."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(3, 4), WithParts(setting)).double()
+    x = normal(5, 3)
+    expected = statistics(stock, (x,), square, (0,))
+    model, seen = extend(stock, store_io=True).to(device), []
+    inputs = {model[1].activation: (5, 4), model[1].linear: (5, 4)}
+
+    def hook(module):
+        seen.append(module)
+        if module in inputs and hasattr(module, "input0"):
+            assert type(module.input0) is Tensor and module.input0.shape == inputs[module]
+
+    with backpack(*all_extensions(), extension_hook=hook):
+        loss = square(model(x.to(device)))
+        gradients = torch.autograd.grad(loss, list(model.parameters()), create_graph=create_graph)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient.detach()
+        for name in SAVED:
+            setattr(parameter, name, getattr(parameter, name).detach())
+    assert_quantities(model, expected)
+    assert sorted(map(id, seen)) == sorted(map(id, [model[0], model[1], model[1].activation, model[1].linear]))
+    assert not any(hasattr(module, "input0") or hasattr(module, "output") for module in model.modules())
+
+
+class Looks(nn.Module):
+    """Notes what is in the place of its parameter while its forward runs, for every thread to see."""
+
+    seen: list[tuple[nn.Module, Tensor]] = []
+    known: list[nn.Module] = []
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 2.0, 4))
+        self.part = nn.Sequential(nn.ReLU())
+
+    def forward(self, input: Tensor) -> Tensor:
+        Looks.seen += [(module, module.weight) for module in Looks.known]
+        return self.part(input) * self.weight
+
+
+def test_parameters_stay_in_their_places(device):
+    """Another thread may call the module meanwhile."""
+    model, x = extend(nn.Sequential(nn.Linear(3, 4), Looks())).to(device), torch.randn(5, 3, device=device)
+    weight = model[1].weight
+    Looks.known.append(model[1])
+    with backpack(*all_extensions()):
+        square(model(x)).backward()
+    Looks.known.clear()
+    assert len(Looks.seen) > 1 and all(found is weight for _, found in Looks.seen)
+    Looks.seen.clear()
+    assert_close("sum", weight.grad_batch.sum(0), weight.grad.cpu(), 1e-5)
+
+
+def test_hooks_of_all_modules(device):
+    """Backward hooks that are registered for every module of the process."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+    handle = nn.modules.module.register_module_full_backward_hook(lambda module, grad_inputs, grad_outputs: None)
+    try:
+        check(stock, normal(3, 4).requires_grad_(), device=device)
+    finally:
+        handle.remove()
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input * self.weight * torch.rand_like(input)
+
+
+@pytest.mark.parametrize("extension", [DiagGGNExact, KFLR, DiagHessian])
+def test_second_order_of_random_modules(extension, device):
+    model, loss = extend(nn.Sequential(nn.Linear(3, 4), Noisy())).to(device), extend(nn.MSELoss())
+    value = loss(model(torch.randn(5, 3, device=device)), torch.zeros(5, 4, device=device))
+    with backpack(extension()), pytest.raises(NotImplementedError, match=f"{extension.__name__}.*Noisy"):
+        value.backward()

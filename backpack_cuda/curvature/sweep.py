@@ -249,7 +249,8 @@ class Sweep:
                 grads = [next(found) for _ in layer.edges]
                 own = self._leave_to_others(layer, grads, len(columns), extensions)
                 if own and (reaches_all or any(grad is not None for grad in grads)):
-                    uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
+                    with errors_for_users(extensions[0]):
+                        uses[id(layer)] = layer.use(grads, len(columns), self.saved[id(layer)])
             self._collect(uses, signs, extensions, begin, total)
 
     def _leave_to_others(
