@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,11 @@ class ExtendedForward:
 
     def __call__(self, *args, **kwargs):
         module = self._module()
+        if module is None:
+            raise RuntimeError(
+                "the extended module whose copy.copy() is called exists no longer; call extend() on the copy, or use "
+                "copy.deepcopy()"
+            )
         # partial(): torch.compile of torch 2.11 does not trace a bound method that is made here.
         stock = self._previous or functools.partial(type(module).forward, module)
         if keeps_tensors(module):
@@ -46,6 +52,13 @@ class ExtendedForward:
                 return run_kept(module, functools.partial(self.rule, module, stock), *args, **kwargs)
             stock = functools.partial(run_kept, module, stock)  # the columns start at the prediction itself
         return self.rule(module, stock, *args, **kwargs)
+
+    def restore_if_copied(self, module: nn.Module) -> None:
+        """Takes this forward off a module that got it, with all attributes, from another one by copy.copy()."""
+        if self._module() is not module:
+            del module.forward
+            if self._previous is not None:
+                module.forward = self._previous
 
     def __reduce__(self):
         return _restore, (self._module(), self._previous)
@@ -87,6 +100,9 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
         module.__dict__[IO_FLAG] = True
     module._backpack_extend = True
     forward = module.__dict__.get("forward")
+    if isinstance(forward, ExtendedForward):
+        forward.restore_if_copied(module)
+        forward = module.__dict__.get("forward")
     if isinstance(module, _OWN_LAYERS) or isinstance(forward, ExtendedForward):
         pass
     elif owned_parameters(module) or forward_for(module) is loss_forward:
@@ -94,18 +110,28 @@ def extend(module: nn.Module, debug: bool = False, use_converter: bool = False, 
     if is_no_op(module):
         return module  # nothing is stored and no hook is called for these
     has_forward = isinstance(module.__dict__.get("forward"), ExtendedForward)
-    hooks = module._forward_hooks.values()
-    if not owned_parameters(module):
-        if _announce not in hooks:
-            module.register_forward_hook(_announce)
-    elif has_forward and module.forward.rule is generic_forward and _announce_frozen not in hooks:
-        module.register_forward_hook(_announce_frozen)
-    if not has_forward and _leave not in hooks:
-        module.register_forward_pre_hook(_enter)
-        module.register_forward_hook(_leave, with_kwargs=True)
-    if store_io and _store_io not in hooks:
+    # A module may have got its first parameter, or lost its last, since it was extended before.
+    has_parameters = bool(owned_parameters(module))
+    is_generic = has_forward and module.forward.rule is generic_forward
+    _set_hook(module, _announce, not has_parameters)
+    _set_hook(module, _announce_frozen, has_parameters and is_generic)
+    _set_hook(module, _enter, not has_forward, pre=True)
+    _set_hook(module, _leave, not has_forward, with_kwargs=True)
+    if store_io and _store_io not in module._forward_hooks.values():
         module.register_forward_hook(_store_io, with_kwargs=True)
     return module
+
+
+def _set_hook(module: nn.Module, hook: Callable, wanted: bool, pre: bool = False, **options) -> None:
+    """Registers a forward hook (`pre`: pre-hook) of ours once, or removes it."""
+    hooks = module._forward_pre_hooks if pre else module._forward_hooks
+    known = [key for key, other in hooks.items() if other is hook]
+    if wanted and not known:
+        (module.register_forward_pre_hook if pre else module.register_forward_hook)(hook, **options)
+    elif not wanted:
+        for key in known:
+            del hooks[key]
+            module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _enter(module: nn.Module, inputs: tuple) -> tuple | None:

@@ -932,6 +932,43 @@ def test_a_module_replaced_after_extend(device):
     assert hasattr(model[0].weight, "grad_batch") and hasattr(model[0].weight, "diag_ggn_exact")
 
 
+class MaybeScale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("weight", None)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * input if self.weight is None else input * self.weight
+
+
+def test_first_and_last_parameters_of_a_module_extended_twice(device):
+    """The hook runs once, whatever the module was when it was extended first."""
+    torch.manual_seed(0)
+    model = extend(nn.Sequential(nn.Linear(3, 4), MaybeScale(), nn.Linear(4, 2))).to(device)
+    x, y = torch.randn(5, 3, device=device), torch.randn(5, 2, device=device)
+    for weight in (nn.Parameter(torch.rand(4, device=device)), None, nn.Parameter(torch.rand(4, device=device))):
+        model[1].weight, seen = weight, []
+        extend(model)
+        with backpack(BatchGrad(), extension_hook=seen.append):
+            nn.MSELoss()(model(x), y).backward()
+        assert seen == [model[2], model[1], model[0]]
+        assert weight is None or torch.allclose(weight.grad_batch.sum(0), weight.grad)
+
+
+def test_shallow_copies(device):
+    """They are the original's as long as that lives; then they have to be extended."""
+    layer = extend(nn.Linear(3, 2)).to(device)
+    shallow, x = copy.copy(layer), torch.randn(4, 3, device=device)
+    assert torch.equal(shallow(x), layer(x))
+    del layer
+    with pytest.raises(RuntimeError, match="extend"):
+        shallow(x)
+    extend(shallow)
+    with backpack(BatchGrad()):
+        shallow(x).sum().backward()
+    assert torch.allclose(shallow.weight.grad_batch.sum(0), shallow.weight.grad)
+
+
 def test_a_model_that_changes_its_type(device):
     """Results have the type of the parameters at the forward pass, whatever was there before."""
     model, loss = small_model(device)
