@@ -168,8 +168,18 @@ TRANSPOSED = {
     "2d": (lambda: nn.ConvTranspose2d(2, 3, (2, 3), padding=(1, 2), stride=(2, 1)), (2, 3, 4)),
     "2d, dilation, groups": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, dilation=2, groups=2), (4, 3, 2)),
     "3d": (lambda: nn.ConvTranspose3d(2, 3, 2, stride=2, padding=1, output_padding=1), (2, 3, 2, 2)),
+    "output_padding up to the dilation": (lambda: nn.ConvTranspose1d(2, 3, 2, dilation=3, output_padding=2), (2, 4)),
 }
-BEYOND_BACKPACK = {"same", "valid", "circular", "reflect", "replicate, same", "1d, stride, output_padding", "3d"}
+BEYOND_BACKPACK = {
+    "same",
+    "valid",
+    "circular",
+    "reflect",
+    "replicate, same",
+    "1d, stride, output_padding",
+    "3d",
+    "output_padding up to the dilation",
+}
 
 
 def case_of(build, shape):

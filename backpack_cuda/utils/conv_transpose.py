@@ -62,7 +62,10 @@ def unfold_by_conv_transpose(input: Tensor, module: nn.Module, output_size: Sequ
 
 def get_weight_gradient_factors(input: Tensor, grad_out: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     """The unfolded input [N, C * K, X], and grad_out [N, O, *output size] as [N, O, X]."""
-    return unfold_by_conv_transpose(input, module, grad_out.shape[2:]), grad_out.flatten(2)
+    size = grad_out.shape[2:]
+    own = conv_transpose_geometry(module, input, None).output_size(tuple(input.shape[2:]))
+    # As an argument torch allows fewer sizes: `output_padding` may be up to the dilation.
+    return unfold_by_conv_transpose(input, module, None if tuple(own) == size else size), grad_out.flatten(2)
 
 
 def extract_weight_diagonal(module: nn.Module, unfolded_input: Tensor, S: Tensor, sum_batch: bool = True) -> Tensor:
