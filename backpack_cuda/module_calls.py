@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules._functions import BackwardHookFunction
 
 from backpack_cuda import authored
 from backpack_cuda.capture import ObserverFunction, capturing, in_operand_types, reached
@@ -24,7 +25,7 @@ from backpack_cuda.rules.loss import LossFunction, is_loss_module
 from backpack_cuda.stored import IO_FLAG, is_taken, store
 
 _KEPT = "_backpack_kept"  # attribute of modules, names of the attributes that were stored here
-_ENTRY = "_backpack_entry"  # attribute of a call's first differentiated input, while the module's forward runs
+_ENTRY = "_backpack_entry"  # attribute of a call's first differentiated input, its node, while the forward runs
 
 
 class MissingQuantity(RuntimeError, AssertionError):
@@ -39,6 +40,7 @@ class EntryFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         ctx.call = None  # a weak reference, because the call holds the outputs of this node
+        ctx.entry = None  # what is known of the inputs, without this node
         outputs = tuple(input.detach() for input in inputs)  # as of ObserverFunction
         return outputs if len(outputs) > 1 else outputs[0]
 
@@ -73,7 +75,11 @@ class ExitFunction(torch.autograd.Function):
 # As of LayerFunction: checkpointed segments run again under function transforms, which these never see batched.
 _apply_entry, _apply_exit = (super(torch.autograd.Function, f).apply for f in (EntryFunction, ExitFunction))
 
-_HANDING_ON = tuple(f._backward_cls for f in (EntryFunction, ExitFunction, ObserverFunction, LossFunction))
+_HOOK_NODE = BackwardHookFunction._backward_cls  # of the backward hooks of a user on a module
+_HANDING_ON = (
+    _HOOK_NODE,
+    *(f._backward_cls for f in (EntryFunction, ExitFunction, ObserverFunction, LossFunction)),
+)
 
 
 def _place(tensor: Tensor):
@@ -300,20 +306,23 @@ def enter(module: nn.Module, args: tuple) -> tuple:
     for i, value in zip(positions, entered, strict=True):
         args[i] = value
     versions = {f"input{i}": value._version for i, value in enumerate(args) if _has_version(value)}
-    setattr(entered[0], _ENTRY, _Entry(entered[0].grad_fn, positions, places, versions))
+    node = entered[0].grad_fn
+    node.entry = _Entry(None, positions, places, versions)
+    setattr(entered[0], _ENTRY, node)
     return tuple(args)
 
 
 def leave(module: nn.Module, args: tuple, kwargs: dict, output):
     """The output of a call of `module` on what `enter` gave, prepared for extensions."""
-    entry = _Entry()
-    for value in args:
-        if isinstance(value, Tensor) and _ENTRY in value.__dict__:
-            entry = value.__dict__.pop(_ENTRY)
     outputs = output if isinstance(output, tuple) else (output,)
     differentiated = [i for i, value in enumerate(outputs) if isinstance(value, Tensor) and value.requires_grad]
     if not differentiated or not capturing():
         return output
+    entry = _Entry()
+    for value in args:
+        node = _entry_node(value) if isinstance(value, Tensor) else None
+        if node is not None and node.entry is not None:
+            entry, node.entry = node.entry._replace(node=node), None
     call = ModuleCall(module, args, list(kwargs), entry, outputs, differentiated)
     call.store(module)
     if entry.node is not None:
@@ -327,6 +336,16 @@ def leave(module: nn.Module, args: tuple, kwargs: dict, output):
     for i, value in zip(differentiated, handed_on, strict=True):
         outputs[i] = value
     return type(output)(*outputs) if hasattr(output, "_fields") else type(output)(outputs)
+
+
+def _entry_node(input: Tensor):
+    """The node by which a tensor entered a call, or None; past the backward hooks that a user has put on the module."""
+    if _ENTRY in input.__dict__:  # also where the module has changed the tensor in place
+        return input.__dict__.pop(_ENTRY)
+    node, output = input.grad_fn, input.output_nr
+    while isinstance(node, _HOOK_NODE):
+        node, output = node.next_functions[output]
+    return node if isinstance(node, EntryFunction._backward_cls) else None
 
 
 def is_exit(node) -> bool:

@@ -281,6 +281,19 @@ def test_second_order_quantity(library):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
+def test_backward_hooks_of_users(library):
+    """They stand between the modules in the graph, and do not stop what is handed back."""
+    a = authors(library)
+    case, ext = mlp(a), a.Diagonal()
+    for module in case[0]:
+        module.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: None)
+        module.register_full_backward_pre_hook(lambda module, grad_outputs: None)
+    step(a, case, ext, a.DiagGGNExact())
+    assert_same(results(case[0]), results(case[0], "diag_ggn_exact"))
+    assert ext.saved_quantities._saved_quantities == {}
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 def test_branches(library):
     """What comes back from two modules is accumulated; not without a rule for it."""
     a = authors(library)
@@ -602,6 +615,27 @@ def test_keyword_inputs():
     loss = loss_function(model[0](input=inputs)[:, :3], targets)
     with pytest.raises(NotImplementedError, match="keyword arguments input"), backpack(a.Gradients()):
         loss.backward()
+
+
+class Looked(nn.Tanh):
+    """Calls another module on its input on the side."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = nn.Tanh()
+
+    def forward(self, input):
+        with torch.no_grad():
+            self.part(input)
+        return super().forward(input)
+
+
+def test_calls_without_a_graph_inside_of_a_module():
+    a = authors("backpack_cuda")
+    case, ext = problem(a, nn.Linear(4, 6), Looked(), nn.Linear(6, 3)), a.Diagonal()
+    ext.set_module_extension(Looked, a.Activation())
+    step(a, case, ext, a.DiagGGNExact())
+    assert_same(results(case[0]), results(case[0], "diag_ggn_exact"))
 
 
 def test_names_that_modules_have_taken():
