@@ -143,7 +143,9 @@ def test_subsampling_beyond_the_batch(subsampling, device):
         backward(PLAIN, PLAIN.prepared().to(device), BatchGrad(subsampling=subsampling))
 
 
-@pytest.mark.parametrize("subsampling", [[-1], [0.5], ["0"], 3], ids=str)
+@pytest.mark.parametrize(
+    "subsampling", [[-1], [0.5], ["0"], 3, [True, False, True], torch.tensor([True, False, True])], ids=str
+)
 def test_bad_subsampling(subsampling):
     with pytest.raises((ValueError, TypeError), match="subsampling"):
         BatchGrad(subsampling=subsampling)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from operator import index
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from backpack_cuda import authored
 from backpack_cuda.extensions.module_extension import ModuleExtension
@@ -14,6 +15,13 @@ FAIL_ERROR = "ERROR"
 FAIL_WARN = "WARNING"
 FAIL_SILENT = "SILENT"
 _FAIL_MODES = (FAIL_ERROR, FAIL_WARN, FAIL_SILENT)
+
+
+def _sample(value) -> int:
+    """The index of a sample. Not a bool, which is an entry of a mask."""
+    if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype == torch.bool):
+        raise TypeError(f"expected an index, got {value!r}")
+    return index(value)
 
 
 class InvalidFailMode(ValueError, AssertionError):
@@ -50,7 +58,7 @@ class BackpropExtension:
             raise InvalidFailMode(f"fail_mode: expected one of {', '.join(_FAIL_MODES)}, got {fail_mode!r}")
         if subsampling is not None:
             try:
-                subsampling = [index(sample) for sample in subsampling]
+                subsampling = [_sample(sample) for sample in subsampling]
             except TypeError as error:
                 raise ValueError(f"subsampling: expected indices of samples, got {subsampling!r}") from error
             if min(subsampling, default=0) < 0:
