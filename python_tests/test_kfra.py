@@ -211,6 +211,11 @@ CHAINS = {
     "complex": lambda: vectors(Function(lambda x: torch.fft.rfft(x).abs())),
     "in place": lambda: vectors(nn.ReLU(inplace=True)),
     "upside down": lambda: vectors(Function(lambda x: x.flip(0).flip(0))),
+    "a sum of nonlinear functions": lambda: (
+        nn.Sequential(nn.Linear(4, 6), nn.Tanh(), Function(lambda x: x.sum(1, keepdim=True)), nn.Linear(1, 3)),
+        (4, 4),
+    ),
+    "chosen nonlinear functions": lambda: vectors(nn.Sequential(nn.Tanh(), Function(lambda x: x[:, 1:5]))),
     "lengths": lambda: (
         tokens(Function(lambda x: torch.stack([s[:k].sum(0, True) for s, k in zip(x, (1, 3, 2), strict=True)])))[0],
         (3, 3, 3),
@@ -436,6 +441,33 @@ def test_recurrent(layer, taken, device):
     backward(model, nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFLR())
     for parameter in model.parameters():
         assert all(torch.equal(a, b) for a, b in zip(parameter.kfra[1:], parameter.kflr[1:], strict=True))
+
+
+class Parts(nn.Module):
+    """Two branches, of which each takes a part of the matrix where they join, and what comes before them all of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh())
+        self.left, self.right = nn.Linear(4, 2), nn.Linear(4, 4)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.last(torch.cat([2 * self.left(h), 3 * self.right(h)], 1))
+
+
+@pytest.mark.parametrize("samples", [1, 2, 3])
+def test_branches_take_parts(samples, device):
+    """With equal samples the mean is KFLR."""
+    torch.manual_seed(0)
+    model = Parts().double()
+    inputs = torch.randn(1, 3, dtype=torch.float64).repeat(samples, 1)
+    targets = torch.ones(samples, dtype=torch.long)
+    backward(model.to(device), nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFRA(), KFLR())
+    for name, parameter in model.named_parameters():
+        for found, expected in zip(parameter.kfra, parameter.kflr, strict=True):
+            assert_close(name, found, expected.cpu(), 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -259,6 +259,12 @@ class _SameForAll(_Twice):
     def _at_a_time(self) -> int:
         return self._columns_at_a_time() * self.batch_size
 
+    def run(self, matrix: Tensor, owned: bool, saved: tuple) -> Tensor:
+        result = super().run(matrix, owned, saved)
+        # Functions that choose entries give views of the matrix, which others may still need; sums expanded tensors.
+        shares = result.untyped_storage().data_ptr() == matrix.untyped_storage().data_ptr()
+        return result.clone(memory_format=torch.contiguous_format) if shares or 0 in result.stride() else result
+
     def _push(self, rows: Tensor, saved: tuple) -> Tensor:
         count = -(-len(rows) // self.batch_size)
         missing = count * self.batch_size - len(rows)
