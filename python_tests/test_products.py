@@ -642,6 +642,19 @@ def test_a_loss_that_was_not_extended():
         extend(nn.MSELoss(reduction="none"))(extend(model)(inputs), torch.randn(5, 3)).backward(torch.ones(5, 3))
 
 
+@pytest.mark.parametrize("extension", [HMP, GGNMP, PCHMP])
+def test_no_parameter_is_reached(extension: type):
+    """A model that is not extended, a frozen one, and a backward pass for its inputs alone: the error says so."""
+    for extended, frozen in ((False, False), (True, True), (True, False)):
+        model, inputs, targets = small(5)
+        model, loss_function = extend(model) if extended else model, extend(nn.CrossEntropyLoss())
+        model.requires_grad_(not frozen)
+        inputs.requires_grad_()
+        loss = loss_function(model(inputs), targets)
+        with backpack(extension()), pytest.raises(RuntimeError, match=r"call extend\(model\).*not frozen"):
+            loss.backward(inputs=[inputs] if extended else None)
+
+
 def test_hooks_and_retained_gradients():
     """The model's own hooks see one gradient, and extension hooks run once per module, with the products there."""
     model, inputs, targets = small(5)

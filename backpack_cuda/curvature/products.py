@@ -584,6 +584,7 @@ def form_products(
     try:
         if of_hessian:
             graph = _Graph(loss.node, copies)
+            of_hessian[0].check_reached(graph.places)
             if graph.has_weight_norm:
                 raise NotImplementedError(
                     f"{of_hessian[0]}: torch's second derivatives of weight normalisation are wrong; parametrise the "
@@ -595,6 +596,7 @@ def form_products(
                 _save(ext, graph, maps, state, attached)
         if others:
             graph = _Graph(prediction.grad_fn, copies)
+            others[0].check_reached(graph.places)
             with graph.marked(prediction):
                 sources = _sources(others, hessian, factor, grad_prediction, graph)
                 by_extension = _apart_if_possible(partial(_sandwich_maps, sources, graph), attached)

@@ -91,11 +91,7 @@ class Sweep:
         self.edge = GradientEdge(prediction.grad_fn, prediction.output_nr)
         self.state = state
         self.layers, self.passing, mixing, self.structure = _layers(prediction)
-        if not self.layers:
-            raise RuntimeError(
-                f"{extensions[0]}: no parameter of an extended layer is between the prediction and the graph's leaves; "
-                "call extend(model) before the forward pass, and run that outside of disable() and no_grad()"
-            )
+        extensions[0].check_reached(self.layers)
         self.batch_size = self._batch_size()
         _check_apart(mixing, self.batch_size, extensions)
         self.input_factors: dict[tuple, tuple[Tensor, Tensor]] = {}

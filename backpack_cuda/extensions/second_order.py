@@ -11,7 +11,7 @@ per loss and M: quantities with the same M share their draws.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
@@ -75,6 +75,15 @@ class SecondOrderExtension(SecondOrderBackpropExtension):
             f"{type(self).__name__}: {type(module).__name__} in train mode mixes the samples of its batch, so that the "
             "curvature is no sum over samples; call eval() on it"
         )
+
+    def check_reached(self, layers: Collection) -> None:
+        """Called with all that a backward pass is asked for between a loss and the leaves of its graph."""
+        if not layers:
+            raise RuntimeError(
+                f"{self}: the backward pass reaches no parameter of an extended layer from the loss; call "
+                "extend(model) before the forward pass, run that outside of disable() and no_grad(), and ask for the "
+                "gradient of a parameter that is not frozen"
+            )
 
     def _arguments(self) -> list[str]:
         return [f"mc_samples={self.root.mc_samples}"] if self.root.mc_samples else []
