@@ -213,6 +213,7 @@ class ReplayRule(NamedTuple):
     """How to replay a module's call."""
 
     form: Callable[..., Replay]  # of (observation, args, kwargs)
+    samples_first: Callable[[int, Tensor], Tensor]  # of a leaf's position and a tensor like that: [N, *]
     batch_size: int
     column_bytes: int  # that one output gradient takes on its way back
 

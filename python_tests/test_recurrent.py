@@ -700,6 +700,26 @@ def test_a_weight_that_acts_outside_of_its_module():
     assert hasattr(module.weight_ih_l0, "diag_ggn_exact")
 
 
+@pytest.mark.parametrize("read", ["output", "last"])
+@pytest.mark.parametrize("layout", ["batch first", "time first", "packed, unsorted"])
+def test_samples_that_are_mixed_behind_the_first_layer(layout, read):
+    """Also where that is recurrent: refused, unless the samples have only another order there."""
+    case = Case("gru", layout, read=read)
+    model, (x, _), loss = extend(build(case)), inputs_of(case), extend(nn.MSELoss(reduction="sum"))
+    model.front = nn.Identity()
+    weight, targets = model.recurrent.weight_hh_l0, torch.zeros(3, 3, dtype=torch.float64)
+    for mix in (lambda p: p - p.mean(0), lambda p: p + p.roll(1, 0)):
+        with pytest.raises(ValueError, match="samples that are not apart"), backpack(DiagGGNExact()):
+            loss(mix(model(x, None, case.lengths)), targets).backward()
+    with backpack(DiagGGNExact()):
+        loss(model(x, None, case.lengths), targets).backward()
+        expected = weight.diag_ggn_exact
+        order = torch.tensor([2, 0, 1])
+        lengths = None if case.lengths is None else case.lengths[order]
+        loss(model(x[order], None, lengths)[order.argsort()], targets).backward()
+    assert_close("diag", weight.diag_ggn_exact, expected, 1e-10)
+
+
 def test_errors_are_torchs():
     for module in (nn.LSTM(2, 3, 2, dropout=0.5), nn.LSTM(2, 3), nn.GRU(2, 3, 2, dropout=0.5)):
         calls = ((torch.randn(4, 2, 5),), (torch.randn(4),))

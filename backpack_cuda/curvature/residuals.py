@@ -11,6 +11,7 @@ function that is not known (functions.py) is an error.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import product
 from math import prod
 from operator import or_
 from typing import NamedTuple
@@ -368,7 +369,10 @@ def samples_not_apart(name: str, shape: Sequence[int], batch_size: int) -> Value
 
 
 def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int) -> bool:
-    """Whether, from `edges` back to the layers' outputs, any sample leaves something for another one."""
+    """Whether, from `edges` back to the layers' outputs, any sample leaves something for another one.
+
+    Layers that know themselves where their samples are may have them in another order: each may be reached by one only.
+    """
     outputs = [GradientEdge(node, i) for node in layers for i in range(len(node._input_metadata))]
     signs = []  # [N, D] of each edge
     for edge in edges:
@@ -378,14 +382,25 @@ def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int
     sizes = [edge.node._input_metadata[edge.output_nr].shape for edge in edges]
     digits = range((batch_size - 1).bit_length())
     leaks = []
-    for half in [torch.arange(batch_size) >> digit & 1 == side for digit in digits for side in (0, 1)]:  # [N]
+    known: dict[tuple, Tensor] = {}  # by digit, side and node: [N], which of its samples were reached
+    for digit, side in product(digits, (0, 1)):
+        half = torch.arange(batch_size) >> digit & 1 == side  # [N]
         columns = [(s * half[:, None].to(s.device)).view(size) for s, size in zip(signs, sizes, strict=True)]
         gradients = torch.autograd.grad(edges, outputs, columns, retain_graph=True, allow_unused=True)
         for edge, gradient in zip(outputs, gradients, strict=True):
             if gradient is None:
                 continue
+            if isinstance(edge.node, ObserverFunction._backward_cls) and edge.node.observation.rule is not None:
+                observation, key = edge.node.observation, (digit, side, edge.node)
+                found = observation.rule.samples_first(observation.positions[edge.output_nr], gradient).flatten(1)
+                own = ((found != 0) & ~found.isnan()).any(1)
+                known[key] = known[key] | own if key in known else own
+                continue
             if not gradient.dim() or gradient.shape[0] % batch_size:
                 raise samples_not_apart(f"the output of {_module_name(edge.node)}", gradient.shape, batch_size)
             found = gradient.reshape(batch_size, -1)
             leaks.append(((found != 0) & ~found.isnan() & ~half[:, None].to(found.device)).any())
+    for (digit, side, node), own in known.items():
+        if side and (digit, 0, node) in known:
+            leaks.append((own & known[digit, 0, node]).any())
     return bool(torch.stack(leaks).any()) if leaks else False

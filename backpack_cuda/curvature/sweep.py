@@ -140,11 +140,13 @@ class Sweep:
             return
         per_sample = self.prediction.shape[0] // max(self.batch_size, 1) if self.prediction.dim() else 1
         name = "the prediction" if per_sample == 1 else f"the prediction, of {per_sample} rows for each sample"
-        # Recurrent and attention modules may have their batch elsewhere, and look after their samples themselves.
+        # Recurrent and attention modules without a rule may have their batch elsewhere, and look after their samples
+        # themselves. Those with a rule and another batch are refused with their own number of samples.
         nodes = {
             layer.node: layer.parameters
             for layer in self.layers
-            if not isinstance(layer.module, nn.RNNBase) and getattr(layer.module, "batch_first", True)
+            if layer.batch_size == self.batch_size
+            or (not isinstance(layer.module, nn.RNNBase) and getattr(layer.module, "batch_first", True))
         }
         if nodes:
             check_samples_apart([(name, self.edge)], nodes, self.batch_size)

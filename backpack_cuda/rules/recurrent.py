@@ -91,6 +91,15 @@ class _Sequences:
         """The inverse of `states`."""
         return states if self.batched else states.squeeze(leading + 1)
 
+    def kind(self, position: int) -> int:
+        """What the output's leaf at `position` is: 0 the output, 1 the last hidden and 2 the last cell states."""
+        first = 4 if self.packed else 1  # place of these states among the output's leaves
+        return max(position - first + 1, 0)
+
+    def samples_first(self, position: int, tensor: Tensor) -> Tensor:
+        """[N, ...], from a tensor like the output's leaf at `position`."""
+        return self.states(tensor).transpose(0, 1) if self.kind(position) else self.rows(tensor)
+
     def reversed(self, rows: Tensor, leading: int = 0) -> Tensor:
         """[*leading, N, T, *] with the positions of each sample in reversed order."""
         if not self.packed:
@@ -174,7 +183,7 @@ def recurrent_forward(module: nn.RNNBase, stock_forward: Callable, input: Tensor
         (data, *states),
         {"weights": weights, "masks": masks},
         output,
-        ReplayRule(replay, sequences.samples, column_bytes),
+        ReplayRule(replay, sequences.samples_first, sequences.samples, column_bytes),
         {name: tensor for name, tensor in (inputs | weights).items() if tensor.requires_grad},
     )
 
@@ -372,9 +381,8 @@ class _PulledBack:
     def __init__(self, replay: _RecurrentReplay, columns: Sequence[Tensor | None], count: int):
         self._replay = replay
         self._count = count
-        # By what they are: 0 the output, 1 the last hidden and 2 the last cell states.
-        first = 4 if replay.setting.sequences.packed else 1  # place of these states among the output's leaves
-        self._columns = {max(p - first + 1, 0): c for p, c in zip(replay.positions, columns, strict=True)}
+        kind = replay.setting.sequences.kind
+        self._columns = {kind(position): c for position, c in zip(replay.positions, columns, strict=True)}
 
     def _grads(self, which: int, shape: tuple[int, ...]) -> Tensor:
         """Gradients of one kind of output: [V, N, T, D * P], or [V, L * D, N, *]."""
