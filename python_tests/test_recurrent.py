@@ -29,6 +29,7 @@ from backpack_cuda.extensions import (
     HMP,
     KFAC,
     KFLR,
+    KFRA,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
     BatchGrad,
@@ -709,8 +710,9 @@ def test_samples_that_are_mixed_behind_the_first_layer(layout, read):
     model.front = nn.Identity()
     weight, targets = model.recurrent.weight_hh_l0, torch.zeros(3, 3, dtype=torch.float64)
     for mix in (lambda p: p - p.mean(0), lambda p: p + p.roll(1, 0)):
-        with pytest.raises(ValueError, match="samples that are not apart"), backpack(DiagGGNExact()):
-            loss(mix(model(x, None, case.lengths)), targets).backward()
+        for extension in (DiagGGNExact, KFRA):
+            with pytest.raises(ValueError, match="samples that are not apart"), backpack(extension()):
+                loss(mix(model(x, None, case.lengths)), targets).backward()
     with backpack(DiagGGNExact()):
         loss(model(x, None, case.lengths), targets).backward()
         expected = weight.diag_ggn_exact

@@ -21,7 +21,7 @@ from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.points import Graph, Point
 from backpack_cuda.curvature.pull_back import pull_back
-from backpack_cuda.curvature.residuals import check_batch, residual_sources, samples_not_apart
+from backpack_cuda.curvature.residuals import check_batch, check_samples_apart, residual_sources, samples_not_apart
 from backpack_cuda.curvature.steps import Budget, Step, saved_for_step, step_to
 from backpack_cuda.curvature.sweep import LayerCall, Sweep, errors_for_users
 from backpack_cuda.extensions.averaged import HBP
@@ -202,6 +202,13 @@ class AveragedSweep(Sweep):
         places = tuple((point.node.name(), *(tuple(m.shape) for m in point.metadata)) for point in points)
         key = (self.prediction.shape, self.structure, places)
         if key not in known:
+            elsewhere = {
+                layer.node: layer.parameters
+                for layer in self.layers
+                if _looks_after_samples(layer) and layer.batch_size == count  # a rule knows where they are
+            }
+            if elsewhere:
+                check_samples_apart([("the prediction", self.edge)], elsewhere, count)
             verdicts = self._verdicts(points)
             chosen = [i for i, verdict in enumerate(verdicts) if verdict]
             if None not in verdicts:
