@@ -1055,6 +1055,70 @@ def test_wrong_per_sample_gradients(wrong, dtype):
     assert not hasattr(model.affine.scale, "grad_batch")
 
 
+def test_the_sum_is_checked_where_it_says_something():
+    """For each parameter, at the first gradient of it that is not zero."""
+
+    def wrong(module, *args, **kwargs):
+        return {name: 2 * rows for name, rows in affine_gradients(module, *args, **kwargs).items()}
+
+    backpack_cuda.register_layer(Affine, wrong)
+    model = extend(AffineNet())
+    for parameter in model.affine.parameters():
+        parameter.requires_grad_(False)
+    x = torch.randn(3, 5, 3)
+    for name in ("scale", "shift"):
+        parameter = getattr(model.affine, name).requires_grad_(True)
+        with backpack(extensions.BatchGrad()):
+            (0 * model(x)).sum().backward()
+        with pytest.raises(ValueError, match=name), backpack(extensions.BatchGrad()):
+            model(x).square().sum().backward()
+        parameter.requires_grad_(False)
+
+
+@pytest.mark.parametrize("extension", [extensions.BatchGrad, extensions.DiagGGNExact])
+def test_a_registered_function_that_runs_the_module(extension):
+    """Its own passes form no quantities: they would call it again, and again."""
+
+    def by_running(module, input, grad_output):
+        with torch.enable_grad():
+            rows = [
+                torch.autograd.grad(module(x[None]), module.weight, g[None])[0]
+                for x, g in zip(input.detach(), grad_output, strict=True)
+            ]
+        return {"weight": torch.stack(rows)}
+
+    a = authors("backpack_cuda")
+    backpack_cuda.register_layer(a.Scale, by_running)
+    model, loss_function, inputs, targets = problem(a, nn.Linear(4, 4), nn.Tanh(), a.Scale(4), nn.Linear(4, 3))
+    hooked = []
+    with backpack(extension(), extension_hook=lambda module: hooked.append(type(module).__name__)):
+        loss_function(model(inputs), targets).backward()
+    assert hooked == ["CrossEntropyLoss", "Linear", "Scale", "Tanh", "Linear"]
+    if extension is extensions.BatchGrad:
+        torch.testing.assert_close(model[2].weight.grad_batch.sum(0), model[2].weight.grad)
+
+
+class SparseTable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, indices):
+        return nn.functional.embedding(indices, self.weight, sparse=True)
+
+
+def test_a_registered_layer_with_sparse_gradients():
+    def table_gradients(module, indices, grad_output):
+        rows = grad_output.new_zeros(len(indices), 6, 3)
+        return {"weight": rows.scatter_add(1, indices[..., None].expand(grad_output.shape), grad_output)}
+
+    backpack_cuda.register_layer(SparseTable, table_gradients)
+    model = extend(SparseTable())
+    with backpack(extensions.BatchGrad()):
+        model(torch.randint(6, (4, 5))).square().sum().backward()
+    torch.testing.assert_close(model.weight.grad_batch.sum(0), model.weight.grad.to_dense())
+
+
 def test_random_layers_are_registered_unchecked():
     class Noisy(nn.Module):
         def __init__(self):

@@ -272,7 +272,7 @@ class _Samples:
                 outputs, _ = self._call(variables, leaves)
             grads = torch.autograd.grad(outputs, list(variables.values()), grad_outputs, allow_unused=True)
         return {
-            name: torch.zeros_like(variables[name]) if grad is None else grad
+            name: torch.zeros_like(variables[name]) if grad is None else grad.to_dense() if grad.is_sparse else grad
             for name, grad in zip(variables, grads, strict=True)
         }
 

@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
+from backpack_cuda.context import authoring
+
 PerSampleGradient = Callable[..., Mapping[str, Tensor]]
 
 
 class _Registration:
     def __init__(self, function: PerSampleGradient, check: bool):
         self.function = function
-        self.unchecked = check  # until the sum was compared with torch's gradient
+        self.check = check
+        self.checked: set[str] = set()  # names of the parameters whose sum was compared with a gradient that is not 0
 
 
 _REGISTERED: dict[type[nn.Module], _Registration] = {}
@@ -35,7 +38,7 @@ def register_layer(
             and N the size of the output gradient's dimension 0. Names of frozen parameters may be missing, and others
             be there. For second-order quantities it is called once for each column of the curvature, as `grad_output`.
             Made of differentiable operations if quantities shall be differentiable.
-        check: compare the sum over the samples with torch's gradient, the first time that the class is used.
+        check: compare the sum over the samples with torch's gradient, the first time that this is not 0.
 
     Raises:
         TypeError: `module_class` is no class of modules, or `per_sample_gradient` no function.
@@ -78,14 +81,16 @@ def registered_gradients(
     function = getattr(registration.function, "__name__", repr(registration.function))
     name = f"{function} of {type(module).__name__}"
     grad_output = grad_outputs[0] if len(grad_outputs) == 1 else grad_outputs
-    found = registration.function(module, *args, grad_output=grad_output, **kwargs)
+    with authoring():  # it may run the module again
+        found = registration.function(module, *args, grad_output=grad_output, **kwargs)
     if not isinstance(found, Mapping):
         raise TypeError(f"{name}: expected a dict from parameters' names to tensors, got {type(found).__name__}")
     n = grad_outputs[0].shape[0] if grad_outputs[0].dim() else 0
     gradients = {}
     for parameter_name, parameter in parameters.items():
         if parameter_name not in found:
-            raise ValueError(f"{name}: expected an entry {parameter_name!r}, got {', '.join(found) or 'none'}")
+            entries = ", ".join(map(str, found)) or "none"
+            raise ValueError(f"{name}: expected an entry {parameter_name!r}, got {entries}")
         rows = found[parameter_name]
         if not isinstance(rows, Tensor):
             raise TypeError(f"{name}: expected a Tensor for {parameter_name!r}, got {type(rows).__name__}")
@@ -99,9 +104,11 @@ def registered_gradients(
                 f"{rows.device}"
             )
         gradients[parameter_name] = rows.to(parameter.dtype)
-    if registration.unchecked and n:
-        _check_sums(name, gradients, totals(), grad_outputs)
-        registration.unchecked = False
+    unchecked = parameters.keys() - registration.checked
+    if registration.check and unchecked and n:
+        expected = totals()
+        _check_sums(name, {name: gradients[name] for name in unchecked}, expected, grad_outputs)
+        registration.checked |= {name for name in unchecked if expected[name].any()}
     return gradients
 
 
