@@ -160,7 +160,7 @@ def averaged_factors(model: nn.Module, inputs: Tensor) -> dict[str, list[Tensor]
     for module in model:
         entering.append(module(entering[-1]).detach())
     N, result = len(inputs), {}
-    averaged = N * sum(root.T @ root for root in hessian_roots(entering[-1])) / N  # [O, O], mean over samples
+    averaged = sum(root.T @ root for root in hessian_roots(entering[-1]))  # [O, O], the sum of the samples' Hessians
     for position in reversed(range(len(model))):
         module, x = model[position], entering[position]
         if isinstance(module, nn.ReLU):
