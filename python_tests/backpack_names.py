@@ -434,6 +434,10 @@ SECTIONS: dict[str, list[Name]] = {
             ).check_hyperparameters_module_extension(library("extensions.BatchGrad")(), nn.ReLU(), (), ()),
         ),
         Name("extensions.firstorder.base.FirstOrderModuleExtension", own_extension),
+        *(
+            Name(path, saved(path))
+            for path in ("extensions.firstorder.BatchGrad", "extensions.secondorder.KFLR", "extensions.curvmatprod.HMP")
+        ),
         Name("extensions.secondorder.diag_ggn.DiagGGNExact", saved("extensions.secondorder.diag_ggn.DiagGGNExact")),
         Name("extensions.secondorder.diag_ggn.losses.DiagGGNLoss", diag_ggn_loss),
         Name(
