@@ -32,6 +32,7 @@ from backpack_cuda.extensions import (
     KFRA,
     BatchDiagGGNExact,
     BatchDiagGGNMC,
+    BatchDiagHessian,
     BatchGrad,
     BatchL2Grad,
     DiagGGNExact,
@@ -738,6 +739,23 @@ def test_no_hessian_diagonal():
     prediction = model(x)[0].sum(1)
     with backpack(DiagHessian()), pytest.raises(NotImplementedError, match="no Hessian diagonal"):
         extend(nn.MSELoss())(prediction, torch.zeros_like(prediction)).backward()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_hessian_diagonal_before_a_module_without_results(frozen):
+    """It contains the curvature of the functions inside of a recurrent module that is frozen or not asked for."""
+    model, (x, _) = build(Case("tanh")), inputs_of(Case("tanh"))
+    model.recurrent.requires_grad_(not frozen)
+    targets, parameters = torch.randn(3, 3, dtype=torch.float64), list(model.front.parameters())
+    gradients = torch.autograd.grad(nn.functional.mse_loss(model(x), targets), parameters, create_graph=True)
+    with backpack(DiagHessian(), BatchDiagHessian(), DiagGGNExact()):
+        extend(nn.MSELoss())(extend(model)(x), targets).backward(inputs=parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        rows = [torch.autograd.grad(entry, parameter, retain_graph=True)[0].flatten() for entry in gradient.flatten()]
+        expected = torch.stack(rows).diagonal().view_as(parameter)
+        assert_close("grad", parameter.grad, gradient.detach(), 1e-10)
+        assert_close("diag_h", parameter.diag_h, expected, 1e-9)
+        assert_close("diag_h_batch", parameter.diag_h_batch.sum(0), expected, 1e-9)
 
 
 # ---- BackPACK ----

@@ -93,6 +93,9 @@ class AveragedSweep(Sweep):
                 of_points[id(point)] = of_layers[point.node] if point.node in of_layers else saved_for_step(point)
         return {id(layer): of_layers[layer.node] for layer in self.layers}, of_points
 
+    def _needs_residuals(self) -> bool:
+        return any(Curvature.require_residual(ext.curv_type) for ext in self.extensions)
+
     # ---- before anything is allocated
 
     def _plan(self) -> _Plan:

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction, input_edges, parameters_of, replay_of
+from backpack_cuda.capture import (
+    TO_PARAMETERS,
+    LayerFunction,
+    ObserverFunction,
+    input_edges,
+    parameters_of,
+    replay_of,
+)
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.memory import free_memory
@@ -214,12 +221,18 @@ class Sweep:
 
     # ---- pushing ----
 
+    def _needs_residuals(self) -> bool:
+        return any(ext.root.with_residuals for ext in self.extensions)
+
     @contextlib.contextmanager
     def _marked(self) -> Iterator[None]:
         """The layers' backward passes inside form no weight gradients and no quantities."""
         nodes = [layer.node for layer in self.layers] + self.passing
         for node in nodes:
             node.sweeping = True
+        if self._needs_residuals():  # also of the functions inside, which torch's own backward pass goes through
+            for node in self.passing:
+                node.sweeping = TO_PARAMETERS
         try:
             with sweeping(), keeping_retained_gradient(self.prediction):
                 yield
