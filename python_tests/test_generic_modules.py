@@ -484,7 +484,20 @@ class Unpacked(nn.Module):
         return self.inner(x).value
 
 
+class Listed(nn.Module):
+    """Uses a parameter by its name, and once more from a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.weights = [self.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight + self.weights[0]
+
+
 NOT_REPEATABLE = {
+    "parameter in a list": (Listed, "Listed.*weight"),
     "input changed in place": (Overwriting, "Overwriting"),
     "bags by offsets": (Bags, "EmbeddingBag"),
     "unknown output": (Unpacked, "RecordOutput"),

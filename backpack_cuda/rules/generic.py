@@ -287,7 +287,11 @@ class _Samples:
                     f"{self._name}: its forward changes its buffers, so that the call cannot be repeated"
                 )
             (totals,) = vjp([g.to(o.dtype) for g, o in zip(grad_outputs, outputs, strict=True)])
-            single, _ = self._call(constant, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
+            first = [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()]
+            first = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in first]
+        with torch.enable_grad():
+            single, _ = self._call(constant, first)
+        self._check_replaced(single, parameters)
         if not torch.is_grad_enabled():
             parameters = constant
         out_dims = [self._output_dim(o.shape, s.shape) for o, s in zip(outputs, single, strict=True)]
@@ -323,6 +327,27 @@ class _Samples:
             scale = rows.abs().sum(0).max() if total.numel() else rows.new_zeros(())
             self._check_same(total, rows.sum(0), scale + rounding / _SAME[total.dtype])
         return gradients
+
+    def _check_replaced(self, outputs: list[Tensor], parameters: dict[str, nn.Parameter]) -> None:
+        """Outputs of a call with others in the place of the parameters may not depend on the parameters themselves."""
+        names = {id(p): name for name, p in parameters.items()}
+        for part in self._bare.module.modules():
+            if part is not self._bare.module:  # what a child does with a parameter is the child's
+                for parameter in part._parameters.values():
+                    names.pop(id(parameter), None)
+        visited, stack = set(), [output.grad_fn for output in outputs]
+        while stack:
+            node = stack.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            name = names.get(id(getattr(node, "variable", None)))
+            if name is not None:
+                raise NoPerSampleGradients(
+                    f"{self._name}: its forward does not look {name} up as an attribute of the module, but has it from "
+                    "a list, a closure or the like"
+                )
+            stack.extend(operand for operand, _ in node.next_functions)
 
     def _batched(self):
         return zip(self._leaves, self._dims, strict=True)
