@@ -457,6 +457,21 @@ class Parts(nn.Module):
         return self.last(torch.cat([2 * self.left(h), 3 * self.right(h)], 1))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("budget", [None, 1])
+def test_layers_without_features(budget, device):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 0), nn.ReLU(), nn.PReLU(), nn.Linear(0, 2)).to(device)
+    extend(model)
+    loss = extend(nn.CrossEntropyLoss())(model(torch.randn(2, 3, device=device)), torch.tensor([0, 1], device=device))
+    with backpack(KFRA(), KFLR(), memory_budget=budget):
+        loss.backward()
+    for name, parameter in model.named_parameters():
+        for found, expected in zip(parameter.kfra, parameter.kflr, strict=True):
+            assert found.shape == expected.shape, name
+            assert torch.allclose(found, expected), name
+
+
 @pytest.mark.parametrize("samples", [1, 2, 3])
 def test_branches_take_parts(samples, device):
     """With equal samples the mean is KFLR."""

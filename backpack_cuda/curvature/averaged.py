@@ -316,7 +316,7 @@ class AveragedSweep(Sweep):
                 key = id(point.parent)
                 matrix = held.pop(key) if last else held[key]
                 matrix = matrix.to(point.metadata[0].device)
-                if self.batch_size:
+                if self.batch_size and point.features and point.parent.features:
                     owned = last and not torch.is_grad_enabled()
                     matrix = plan.steps[id(point)].run(matrix, owned, saved.get(key, ()))
                 else:
@@ -356,8 +356,10 @@ class AveragedSweep(Sweep):
         """A layer's call with the matrix at its output, or at a point after it."""
         if isinstance(layer.node, _LAYER_NODE):
             return AveragedUse(layer.use([None], 0, saved), matrix)
-        count, n = point.features, self.batch_size
-        onehot = torch.eye(count, dtype=matrix.dtype, device=matrix.device)[:, None].expand(count, n, count)
+        features, n = point.features, self.batch_size
+        count = max(features, 1)  # one column, of zeros, where there are no features
+        matrix = matrix if features else matrix.new_zeros(1, 1)
+        onehot = torch.eye(count, features, dtype=matrix.dtype, device=matrix.device)[:, None].expand(-1, n, -1)
         columns = [
             part.to(m.dtype).reshape(count, *m.shape)
             for part, m in zip(onehot.split(point.sizes, 2), point.metadata, strict=True)
