@@ -1,6 +1,7 @@
 """Inputs and outputs that modules keep as attributes: `input0`, `input1`, ..., `output`."""
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 IO_FLAG = "_backpack_store_io"  # attribute of modules extended with store_io=True
 
@@ -28,6 +29,9 @@ def store(module: nn.Module, attributes: dict[str, object]) -> None:
     """
     for name, value in attributes.items():
         if not is_taken(module, name):
-            has_graph = isinstance(value, Tensor) and value.grad_fn is not None
-            # Not setattr(), as in run_hook().
-            module.__dict__[name] = value.detach() if has_graph else value
+            # Not setattr(), as in run_hook(). A value may be a tuple of tensors, as a recurrent cell's state is.
+            module.__dict__[name] = tree_map_only(Tensor, _without_graph, value)
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    return tensor if tensor.grad_fn is None else tensor.detach()

@@ -755,6 +755,32 @@ def test_store_io_is_complete_and_freed(device):
     assert not stored(model)
 
 
+class Stepped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.LSTMCell(3, 4), nn.LSTMCell(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x, self.first(x))[0]
+
+
+def test_stored_tuples_have_no_graph(device):
+    """So that models can be copied, and are freed, without a backward pass."""
+    model, x = extend(Stepped(), store_io=True).to(device), torch.randn(2, 3, device=device)
+    model(x)
+    assert [t.shape for t in model.second.input1] == [(2, 4), (2, 4)]
+    assert not any(t.requires_grad for t in model.second.input1)
+    copy.deepcopy(model)
+    reference = weakref.ref(model.second)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
+
+
 def test_store_io_and_retain_graph(device):
     """As in BackPACK: kept by `backpack(..., retain_graph=True)`, dropped by `memory_cleanup`; quantities need none."""
     inputs, targets = (t.to(device) for t in PLAIN.data())
