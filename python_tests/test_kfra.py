@@ -31,7 +31,7 @@ from sequential_oracle import output_factor
 from torch import Tensor, nn
 
 from backpack_cuda import backpack, extend
-from backpack_cuda.curvature import register_loss
+from backpack_cuda.curvature import register_loss, steps
 from backpack_cuda.extensions import HBP, KFAC, KFLR, KFRA, DiagGGNExact
 from backpack_cuda.extensions.curvature import Curvature
 from backpack_cuda.extensions.module_extension import ModuleExtension
@@ -441,6 +441,31 @@ def test_recurrent(layer, taken, device):
     backward(model, nn.CrossEntropyLoss(), inputs.to(device), targets.to(device), KFLR())
     for parameter in model.parameters():
         assert all(torch.equal(a, b) for a, b in zip(parameter.kfra[1:], parameter.kflr[1:], strict=True))
+
+
+@named(
+    "function",
+    {
+        "permute": lambda x: x.permute(0, 2, 1),
+        "permute from the end": lambda x: x.permute(-3, -1, -2),
+        "transpose": lambda x: x.mT,
+        "mean": lambda x: x.mean(-2),
+        "last": lambda x: x[..., -1, :],
+        "stack": lambda x: torch.stack([x, x], 1),
+        "windows": lambda x: x.view(2, 2, 2, 3).permute(0, 2, 1, 3).reshape(4, 2, 3)[:, 0],
+    },
+)
+def test_same_for_all_samples(function, monkeypatch, device):
+    """Not pushed back for each sample, as long as the first dimension stays the first."""
+
+    def run(*args):
+        raise AssertionError("a step for each sample")
+
+    monkeypatch.setattr(steps._Generic, "run", run)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), Function(lambda x: function(x).reshape(2, -1)), nn.LazyLinear(2))
+    model.to(device)(torch.zeros(2, 4, 3, device=device))
+    backward(model, nn.CrossEntropyLoss(), torch.randn(2, 4, 3, device=device), torch.tensor([0, 1]).to(device), KFRA())
 
 
 class Parts(nn.Module):

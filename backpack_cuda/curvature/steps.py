@@ -441,13 +441,17 @@ def _keeps_samples(node: Node, place: int, batch_size: int) -> bool:
         return False
     if isinstance(node, BackwardCFunction):
         return True
-    of_result = function_name(node.name()) in ("Stack", "Unsqueeze")
+    name = function_name(node.name())
+    of_result = name in ("Stack", "Unsqueeze")
     size = len((node._input_metadata[0] if of_result else operand_metadata(node, place)).shape)
+    first = (0, (1 << 64) - size)  # negative ones are those of unsigned integers
+    if name == "Permute":
+        return node._saved_dims[0] in first
     dims: list[int] = []
-    for name in _DIMS:
-        found = getattr(node, name, ())
+    for attribute in _DIMS:
+        found = getattr(node, attribute, ())
         dims += found if isinstance(found, tuple) else (found,)
-    return {0, (1 << 64) - size}.isdisjoint(dims)  # negative ones are those of unsigned integers
+    return not any(dim in first for dim in dims)
 
 
 def saved_for_step(point: Point) -> tuple:
