@@ -419,6 +419,29 @@ def test_functions_that_mix_samples(function, make, device):
     step(model, loss, inputs[:1], targets[:1], make())  # one sample may do what it likes with itself
 
 
+class Switch(nn.Module):
+    """A mean over the positions of each sample, or over the samples."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.layer, self.dim = nn.Linear(3, 2), dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(self.dim)
+
+
+@pytest.mark.parametrize("make", [DiagGGNExact, KFLR, DiagHessian, KFRA])
+@pytest.mark.parametrize("other", [0, -3])
+def test_another_dimension_is_another_function(other, make, device):
+    """As many positions as samples: the sizes are the same."""
+    model, loss = extend(Switch(1)).to(device), extend(nn.MSELoss())
+    inputs, targets = torch.randn(4, 4, 3, device=device), torch.zeros(4, 2, device=device)
+    step(model, loss, inputs, targets, make())
+    model.dim = other
+    with pytest.raises(ValueError, match="samples"):
+        step(model, loss, inputs, targets, make())
+
+
 class FunctionalUse(nn.Module):
     """A weight that also acts outside of its module."""
 

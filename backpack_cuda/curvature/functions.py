@@ -56,6 +56,18 @@ def readable_name(node: Node) -> str:
     return re.sub("(?<=[a-z0-9])(?=[A-Z])", "_", function_name(node.name())).lower()
 
 
+_DIMS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dimension")
+_dims_by_name: dict[str, tuple[str, ...]] = {}  # name of a node -> those of _DIMS that it has
+
+
+def dims_of(node: Node) -> list[int | tuple[int, ...] | None]:
+    """The dimensions that a node chooses from, sums over or moves; negative ones as unsigned integers of 64 bits."""
+    name = node.name()
+    if name not in _dims_by_name:
+        _dims_by_name[name] = tuple(attribute for attribute in _DIMS if hasattr(node, attribute))
+    return [getattr(node, attribute, None) for attribute in _dims_by_name[name]]
+
+
 def operand_metadata(node: Node, operand: int):
     """Size, type and device of a node's operand."""
     edge, output_nr = node.next_functions[operand]

@@ -23,7 +23,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from backpack_cuda.capture import LayerFunction, ObserverFunction
-from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, function_name, operand_metadata
+from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, dims_of, function_name, operand_metadata
 from backpack_cuda.curvature.points import Point, operands_of
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.ops import dispatch
@@ -54,9 +54,6 @@ _SAME_FOR_ALL = _UNCHANGED | frozenset(
 
 # The same in the operand of this index, where it alone depends on the samples.
 _SAME_IN = {"Mm": 0, "Addmm": 1, "Linear": 0, "Convolution": 0}
-
-# Where nodes keep the dimensions that they choose from, sum over or move.
-_DIMS = ("_saved_dim", "_saved_dims", "_saved_dim0", "_saved_dim1", "_saved_dimension")
 
 _SMALL = 128  # below, torch's product is faster than the kernel for symmetric ones
 _STRIPES = 8  # of rows, in which a symmetric product is formed, without what earlier ones contain
@@ -448,8 +445,7 @@ def _keeps_samples(node: Node, place: int, batch_size: int) -> bool:
     if name == "Permute":
         return node._saved_dims[0] in first
     dims: list[int] = []
-    for attribute in _DIMS:
-        found = getattr(node, attribute, ())
+    for found in dims_of(node):
         dims += found if isinstance(found, tuple) else (found,)
     return not any(dim in first for dim in dims)
 

@@ -22,6 +22,7 @@ from backpack_cuda.capture import (
     replay_of,
 )
 from backpack_cuda.context import CTX, sweeping
+from backpack_cuda.curvature.functions import dims_of
 from backpack_cuda.curvature.losses import LossHessian
 from backpack_cuda.curvature.memory import free_memory
 from backpack_cuda.curvature.own_pass import in_own_pass
@@ -453,7 +454,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
     """The calls of layers in the prediction's graph with parameters that the running backward pass is asked for.
 
     Also the nodes of other calls whose backward pass is known, those of batch normalisations, which may mix the
-    samples, and a hash of all functions in their order.
+    samples, and a hash of all functions in their order, with the dimensions that they act along.
     """
     layers, passing, mixing, names = [], [], [], []
     outside: set[int] = set()  # ids of the leaves that are reached from outside of layers with a rule
@@ -465,6 +466,7 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
         visited.add(node)
         name = node.name()
         names.append(name)
+        names += dims_of(node)
         following = node.next_functions
         if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
             parameters = parameters_of(node)
