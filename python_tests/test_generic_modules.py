@@ -68,18 +68,20 @@ class Doubled(nn.Linear):
 
 
 class TiedWithChild(nn.Module):
-    """Own parameters, one of them under two names and one that is a child's, too."""
+    """Own parameters, one of them under two names and one that is a child's, too, and used there as well."""
 
-    def __init__(self, child: nn.Module):
+    def __init__(self, child: nn.Module, apart: bool = True):
         super().__init__()
         self.child = child
         self.first = self.again = nn.Parameter(torch.randn(4, 4))
         self.tied = next(child.parameters())
+        self.myself = [] if apart else [self]
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.child(x)
         y = y[0] if isinstance(y, tuple) else y
-        return (y @ self.first).tanh() @ self.again @ self.tied[:4]
+        y = (y @ self.first).tanh() @ self.again @ self.tied[:4]
+        return y * next(self.child.parameters())[0]
 
 
 class LowRank(nn.Module):
@@ -143,6 +145,8 @@ RIGHT = {
     "tied with a Linear child": lambda: (TiedWithChild(nn.Linear(4, 4)), normal(3, 4)),
     "tied with an Embedding child": lambda: (TiedWithChild(nn.Embedding(5, 4)), torch.randint(5, (3, 2))),
     "tied with a recurrent child": lambda: (TiedWithChild(nn.GRU(4, 4, batch_first=True)), normal(3, 2, 4)),
+    "tied with children of a child": lambda: (TiedWithChild(nn.Sequential(Doubled(4, 4), nn.Tanh())), normal(3, 4)),
+    "tied with a child, one that refers to itself": lambda: (TiedWithChild(nn.Linear(4, 4), False), normal(3, 4)),
     "low-rank update": lambda: (LowRank(), normal(5, 4)),
     "several normalisations": lambda: (
         nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Unflatten(1, (4, 2)), nn.GroupNorm(2, 4), nn.PReLU()),

@@ -10,7 +10,7 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,14 +39,13 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def owned_parameters(module: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Parameter]:
+def owned_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that `module`'s own forward uses: its direct ones and those of its parametrisations."""
     if isinstance(module, _WHOLE):
-        return dict(module.named_parameters(remove_duplicate=remove_duplicate))
-    owned = dict(module.named_parameters(recurse=False, remove_duplicate=remove_duplicate))
+        return dict(module.named_parameters())
+    owned = dict(module.named_parameters(recurse=False))
     if "parametrizations" in module._modules:
-        inside = module.parametrizations
-        owned.update(inside.named_parameters(prefix="parametrizations", remove_duplicate=remove_duplicate))
+        owned.update(module.parametrizations.named_parameters(prefix="parametrizations"))
     return owned
 
 
@@ -203,8 +202,9 @@ class _Samples:
     def __init__(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, positions: list[int]):
         self._name = type(module).__name__
         self._bare = _Bare(*_apart_from_other_threads(module, forward))
-        self._owned = owned_parameters(module, remove_duplicate=False)
+        self._owned = owned_parameters(module)
         self._buffers = {f"module.{name}": b for name, b in module.named_buffers(remove_duplicate=False)}
+        self._find_shared()
         self._positions = positions  # of the differentiated tensors among the outputs' leaves
         batch_dim = 0 if getattr(module, "batch_first", True) else 1
         dims = None
@@ -224,20 +224,66 @@ class _Samples:
             self._input_dim(leaf, 1 if recurrent and leaf is not first else batch_dim) for leaf in self._leaves
         ]
 
+    def _find_shared(self) -> None:
+        """All names of the module's own parameters, and the children that have some of them, too."""
+        module, own = self._bare.module, {id(p) for p in self._owned.values()}
+        named = module.named_parameters(remove_duplicate=False)
+        self._places = {name: p for name, p in named if id(p) in own}
+        self._sharing = []
+        if not isinstance(module, _WHOLE):
+            for name, part in module.named_modules():
+                is_own = part is module or "parametrizations" in name.split(".")
+                if not is_own and any(id(p) in own for p in owned_parameters(part).values()):
+                    self._sharing.append(part)
+
+    @contextlib.contextmanager
+    def _children_apart(self, detached: bool) -> Iterator[None]:
+        """While the forward of a child runs that shares a parameter, that is itself: this use is the child's.
+
+        `detached`: it is a constant there.
+        """
+        paths = [name.rpartition(".") for name in self._places]
+        holders = [(self._bare.module.get_submodule(path)._parameters, name) for path, _, name in paths]
+        values = [p.detach() if detached else p for p in self._places.values()]
+
+        def run(forward: Callable, *args, **kwargs):
+            replaced = [held[name] for held, name in holders]
+            for (held, name), value in zip(holders, values, strict=True):
+                held[name] = value
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                for (held, name), value in zip(holders, replaced, strict=True):
+                    held[name] = value
+
+        previous = [vars(part).get("forward") for part in self._sharing]
+        try:
+            for part in self._sharing:
+                part.__dict__["forward"] = functools.partial(run, part.forward)
+            yield
+        finally:
+            for part, forward in zip(self._sharing, previous, strict=True):
+                if forward is None:
+                    del part.__dict__["forward"]
+                else:
+                    part.__dict__["forward"] = forward
+
     def _input_dim(self, leaf, dim: int) -> int | None:
         if isinstance(leaf, Tensor) and leaf.dim() > dim and leaf.shape[dim] == self.batch_size:
             return dim
         return None
 
-    def _call(self, parameters: dict[str, Tensor], leaves: list) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def _call(
+        self, parameters: dict[str, Tensor], leaves: list, detached: bool = False
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The differentiated outputs for the given parameters and input leaves; and the buffers afterwards."""
         clones = {id(buffer): buffer.clone() for buffer in self._buffers.values()}
         buffers = {name: clones[id(buffer)] for name, buffer in self._buffers.items()}
         by_id = {id(self._owned[name]): tensor for name, tensor in parameters.items()}
-        own = {f"module.{name}": by_id[id(p)] for name, p in self._owned.items() if id(p) in by_id}
+        own = {f"module.{name}": by_id[id(p)] for name, p in self._places.items() if id(p) in by_id}
         args, kwargs = pytree.tree_unflatten(leaves, self._structure)
-        # Not where a child has the same parameter: that use is the child's.
-        call = torch.func.functional_call(self._bare, own | buffers, args, kwargs, tie_weights=False)
+        with self._children_apart(detached):
+            call = torch.func.functional_call(self._bare, own | buffers, args, kwargs, tie_weights=False)
         outputs = pytree.tree_leaves(call)
         return [outputs[i] for i in self._positions], buffers
 
@@ -290,7 +336,7 @@ class _Samples:
             first = [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()]
             first = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in first]
         with torch.enable_grad():
-            single, _ = self._call(constant, first)
+            single, _ = self._call(constant, first, detached=True)
         self._check_replaced(single, parameters)
         if not torch.is_grad_enabled():
             parameters = constant
@@ -331,10 +377,6 @@ class _Samples:
     def _check_replaced(self, outputs: list[Tensor], parameters: dict[str, nn.Parameter]) -> None:
         """Outputs of a call with others in the place of the parameters may not depend on the parameters themselves."""
         names = {id(p): name for name, p in parameters.items()}
-        for part in self._bare.module.modules():
-            if part is not self._bare.module:  # what a child does with a parameter is the child's
-                for parameter in part._parameters.values():
-                    names.pop(id(parameter), None)
         visited, stack = set(), [output.grad_fn for output in outputs]
         while stack:
             node = stack.pop()
