@@ -467,6 +467,33 @@ def test_a_weight_that_acts_outside_of_its_module(autocast, device):
     assert hasattr(model.last.weight, "diag_ggn_exact")
 
 
+class ScaledTwice(nn.Module):
+    """A normalisation's weight that also acts outside of it, and a parameter of the module around both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x) + self.shift) * self.norm.weight - self.shift
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("extension", [DiagGGNExact, KFRA, DiagHessian])
+def test_a_weight_of_a_module_without_a_rule_that_acts_outside(extension, checkpointed, device):
+    model, loss = extend(ScaledTwice()).to(device), extend(nn.MSELoss())
+    inputs, targets = torch.randn(3, 4, device=device), torch.randn(3, 4, device=device)
+    run = (lambda x: checkpoint(model, x, use_reentrant=False)) if checkpointed else model
+    with pytest.raises(NotImplementedError, match="LayerNorm.weight .*outside of its module"), backpack(extension()):
+        loss(run(inputs), targets).backward()
+    assert_nothing_saved(model)
+    model.norm.weight.requires_grad_(False)
+    with backpack(DiagGGNExact()):
+        loss(run(inputs), targets).backward()
+    assert hasattr(model.shift, "diag_ggn_exact")
+
+
 class TimeFirst(nn.Module):
     """Linear layers on [T, N, F]."""
 

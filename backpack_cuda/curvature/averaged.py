@@ -64,6 +64,7 @@ class AveragedSweep(Sweep):
             plan = self._plan()
             self._check_memory(plan)
             self.saved, saved = in_own_pass(lambda: self._read(plan))
+            self._check_inside()
             groups: dict[tuple, list[HBP]] = {}
             for ext in self.extensions:
                 groups.setdefault((ext.root, ext.curv_type), []).append(ext)

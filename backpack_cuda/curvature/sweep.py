@@ -126,6 +126,7 @@ class Sweep:
         with self._marked():
             self._check_samples()
             self.saved = in_own_pass(lambda: {id(layer): layer.node.saved_tensors for layer in self.layers})
+            self._check_inside()
             for (kind, mc_samples), extensions in by_root.items():
                 if kind == "exact":
                     every = any(ext.needs_every_column or ext.has_module_extensions for ext in extensions)
@@ -159,6 +160,34 @@ class Sweep:
         if nodes:
             check_samples_apart([(name, self.edge)], nodes, self.batch_size)
         known.add(architecture)
+
+    def _check_inside(self) -> None:
+        """No parameter of a module without a rule may act on the prediction from outside of the module's calls."""
+        calls = {layer.node: layer for layer in self.layers if layer.batch_size is None}
+        names = {id(p): (layer.module, name) for layer in calls.values() for name, p in layer.parameters.items()}
+        allowed: frozenset[int] = frozenset()  # ids of the parameters of the calls around
+        parts = [([self.prediction.grad_fn], set(), allowed)] if calls else []
+        entered = set()
+        while parts:
+            stack, visited, allowed = parts.pop()  # visited: at first the nodes of a call's inputs, where it ends
+            while stack:
+                node = stack.pop()
+                if node is None or node in visited:
+                    continue
+                visited.add(node)
+                following = [operand for operand, _ in _operands(node)]
+                if node in calls:
+                    inputs = [t.grad_fn for t in self.saved[id(calls[node])] if t.grad_fn is not None]
+                    if node not in entered:
+                        entered.add(node)
+                        own = map(id, node.observation.parameters.values())
+                        parts.append((following, set(inputs), allowed.union(own)))
+                    following = inputs
+                elif node.name() == "torch::autograd::AccumulateGrad":
+                    key = id(node.variable)
+                    if key in names and key not in allowed:
+                        raise _acts_outside(*names[key])
+                stack.extend(following)
 
     def _of_samples(self, root: SquareRoot) -> SquareRoot:
         """Of a prediction [N * R, ...], whose rows have their own Hessians: columns for each of a sample's R rows."""
@@ -467,17 +496,12 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
         name = node.name()
         names.append(name)
         names += dims_of(node)
-        following = node.next_functions
         if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
             parameters = parameters_of(node)
             if parameters:
                 layers.append(LayerCall(node, parameters))
             elif isinstance(node, _OBSERVER_NODE) and node.observation.rule is not None:
                 passing.append(node)
-            if isinstance(node, _LAYER_NODE):
-                following = following[:1]  # of the input
-            elif node.observation.rule is not None:
-                following = [node.next_functions[edge] for edge in input_edges(node).values()]
         elif name == "torch::autograd::AccumulateGrad":
             outside.add(id(node.variable))  # or inside of a module without a rule
         else:
@@ -488,16 +512,30 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
                     "torch.utils.checkpoint with use_reentrant=True hides its layers from the graph: second-order "
                     "quantities need use_reentrant=False"
                 )
-        stack.extend(operand for operand, _ in following)
+        stack.extend(operand for operand, _ in _operands(node))
+    # Those of modules without a rule are known only when their inputs are: _check_inside().
     outside -= {id(p) for layer in layers if layer.batch_size is None for p in layer.parameters.values()}
     for layer in layers:
         for name, parameter in layer.parameters.items():
             if id(parameter) in outside:
-                raise NotImplementedError(
-                    f"{type(layer.module).__name__}.{name} also acts on the prediction from outside of its module, "
-                    "where no quantity can be formed: use it in the forward of extended modules only, or freeze it"
-                )
+                raise _acts_outside(layer.module, name)
     return layers, passing, mixing, hash(tuple(names))
+
+
+def _operands(node: Node) -> Sequence[tuple[Node | None, int]]:
+    """What a node acts on; of a call with a rule, its inputs."""
+    if isinstance(node, _LAYER_NODE):
+        return node.next_functions[:1]
+    if isinstance(node, _OBSERVER_NODE) and node.observation.rule is not None:
+        return [node.next_functions[edge] for edge in input_edges(node).values()]
+    return node.next_functions
+
+
+def _acts_outside(module: nn.Module, name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{type(module).__name__}.{name} also acts on the prediction from outside of its module, where no quantity can "
+        "be formed: use it in the forward of extended modules only, or freeze it"
+    )
 
 
 def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtension]) -> None:
