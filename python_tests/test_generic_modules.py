@@ -605,6 +605,16 @@ def test_saved_tensor_hooks(device):
     assert_quantities(model, expected)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last(dims, device):
+    """torch's group_norm crashes where such an input needs no gradient, as when only the parameters' are asked for."""
+    torch.manual_seed(0)
+    conv, pool = (nn.Conv2d, nn.MaxPool2d) if dims == 2 else (nn.Conv3d, nn.MaxPool3d)
+    stock = nn.Sequential(conv(3, 4, 2), nn.GroupNorm(2, 4), pool(2), nn.Flatten(), nn.Linear(4, 3))
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    check(stock, normal(3, 3, *(3,) * dims).to(memory_format=layout), device=device)
+
+
 class WithParts(nn.Module):
     """A parameter of its own, children, and an attribute of a kind that the library does not know."""
 

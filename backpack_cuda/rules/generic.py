@@ -196,6 +196,13 @@ class _Bare(nn.Module):
             self.module.__dict__.update(self._computed)
 
 
+def _not_channels_last(leaf):
+    """torch's group_norm on the CPU crashes in its backward where an input in that layout needs no gradient."""
+    if isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.dim() in (4, 5) and leaf.layout == torch.strided:
+        return leaf.contiguous()
+    return leaf
+
+
 class _Samples:
     """A module's call on a batch, taken apart into calls on batches of one."""
 
@@ -214,6 +221,7 @@ class _Samples:
             by_name = {"query": batch_dim, "key": batch_dim, "value": batch_dim, "key_padding_mask": 0}
             dims = [by_name.get(name) if isinstance(value, Tensor) else None for name, value in kwargs.items()]
         self._leaves, self._structure = pytree.tree_flatten((args, kwargs))
+        self._leaves = [_not_channels_last(leaf) for leaf in self._leaves]
         first = next((leaf for leaf in self._leaves if isinstance(leaf, Tensor)), None)
         if first is None or first.dim() <= batch_dim:
             raise NoPerSampleGradients(f"{self._name}: per-sample gradients need an input with a batch dimension")
