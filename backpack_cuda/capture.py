@@ -229,6 +229,8 @@ class Observation(NamedTuple):
     autocast: torch.dtype | None  # autocast's type during the call
     rule: ReplayRule | None  # None: torch's own backward pass is the only one known
     edges: tuple[str, ...]  # with a rule, the inputs and parameters whose gradients the replay can form
+    # Without a rule, of (observation, args, kwargs, shapes of outputs): the batch's dimension in each, and its size.
+    find_batch: Callable[..., tuple[list[int], int]] | None
 
 
 class ObserverFunction(torch.autograd.Function):
@@ -376,11 +378,13 @@ def observe(
     output,
     rule: ReplayRule | None = None,
     edges: dict[str, Tensor] | None = None,
+    find_batch: Callable | None = None,
 ):
     """`output` again, with a node in the graph that hands its gradients to `form` where quantities are wanted.
 
     `form(observation, args, kwargs, grad_outputs)` returns the per-sample gradients of `parameters`. With a `rule`, its
-    replay forms these and the gradients of `edges`, the call's differentiated inputs and parameters by name.
+    replay forms these and the gradients of `edges`, the call's differentiated inputs and parameters by name. Without
+    one, `find_batch(observation, args, kwargs, shapes)` tells where in outputs of these shapes the batch is.
     """
     leaves, structure = pytree.tree_flatten(output)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
@@ -397,7 +401,9 @@ def observe(
     device_type = leaves[positions[0]].device.type
     autocast = torch.get_autocast_dtype(device_type) if autocast_enabled(device_type) else None
     edges = edges or {}
-    observation = Observation(module, parameters, positions, form, rebuild_inputs, autocast, rule, tuple(edges))
+    observation = Observation(
+        module, parameters, positions, form, rebuild_inputs, autocast, rule, tuple(edges), find_batch
+    )
     observed = ObserverFunction.apply(observation, tensors, *[leaves[i] for i in positions], *edges.values())
     observed = observed if isinstance(observed, tuple) else (observed,)
     register(observed[0], parameters.values())

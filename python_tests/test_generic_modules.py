@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from backpack_cuda import backpack, extend
-from backpack_cuda.extensions import KFLR, BatchGrad, BatchL2Grad, DiagGGNExact, DiagHessian, SumGradSquared, Variance
+from backpack_cuda.extensions import (
+    KFLR,
+    KFRA,
+    BatchGrad,
+    BatchL2Grad,
+    DiagGGNExact,
+    DiagHessian,
+    SumGradSquared,
+    Variance,
+)
 
 
 def statistics(stock: nn.Module, inputs: tuple[Tensor, ...], loss, batch_dims: tuple[int, ...]) -> dict[str, Stats]:
@@ -65,6 +74,19 @@ class Doubled(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input) + self.weight.sum()
+
+
+class Behind(nn.Module):
+    """A recurrent or attention module without a rule, and what comes behind its outputs [N, T, 4]."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor, function=lambda y: y.sum(1)) -> Tensor:
+        x = x if self.module.batch_first else x.transpose(0, 1)
+        outputs, _ = self.module(x, x, x) if isinstance(self.module, nn.MultiheadAttention) else self.module(x)
+        return function(outputs if self.module.batch_first else outputs.transpose(0, 1))
 
 
 class TiedWithChild(nn.Module):
@@ -579,6 +601,32 @@ def test_warnings_come_once_per_module_and_pass(device):
     with backpack(*all_extensions()), pytest.warns(UserWarning) as caught:
         square(model(x)).backward()
     assert len([w for w in caught if "MinusBatchMean" in str(w.message)]) == 2
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["recurrent", "attention"])
+def test_samples_that_are_mixed_behind_a_first_module_with_its_own_batch(kind, batch_first, device):
+    """Refused, unless the samples have only another order there."""
+    if kind == "attention":
+        module = nn.MultiheadAttention(4, 2, batch_first=batch_first)
+        weight = module.in_proj_weight
+    else:
+        module = nn.GRU(4, 4, 2, batch_first=batch_first)
+        module.weight_ih_l1 = weight = module.weight_ih_l0  # has no rule then
+    model, loss = extend(Behind(module)).double().to(device), extend(nn.MSELoss(reduction="sum"))
+    x = torch.randn(3, 3, 4, dtype=torch.float64, device=device)  # as many positions as samples
+    mixing = [lambda y: y.sum(1) - y.sum(1).mean(0), lambda y: y[:, 0] + y[:, 1].flip(0), lambda y: y[0]]
+    for function in mixing:
+        for extension in (DiagGGNExact, KFRA):
+            with pytest.raises(ValueError, match="samples that are not apart"), backpack(extension()):
+                loss(model(x, function), torch.zeros_like(x[0])).backward()
+    results = []
+    order = [0, 1, 2] if batch_first else [2, 0, 1]  # another one in dimension 0 is refused
+    for function in (lambda y: y.sum(1), lambda y: y.sum(1)[order]):
+        with backpack(DiagGGNExact()):
+            loss(model(x, function), torch.zeros_like(x[0])).backward()
+        results.append(weight.diag_ggn_exact)
+    assert_close("diag", results[1], results[0].cpu(), 1e-10)
 
 
 def test_generic_rule_draws_no_random_numbers_of_deterministic_modules(device):

@@ -23,7 +23,7 @@ from backpack_cuda.curvature.points import Graph, Point
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.curvature.residuals import check_batch, check_samples_apart, residual_sources, samples_not_apart
 from backpack_cuda.curvature.steps import Budget, Step, saved_for_step, step_to
-from backpack_cuda.curvature.sweep import LayerCall, Sweep, errors_for_users
+from backpack_cuda.curvature.sweep import LayerCall, Sweep, errors_for_users, looks_after_samples
 from backpack_cuda.extensions.averaged import HBP
 from backpack_cuda.extensions.curvature import Curvature
 from backpack_cuda.extensions.second_order import SecondOrderExtension
@@ -206,13 +206,14 @@ class AveragedSweep(Sweep):
         places = tuple((point.node.name(), *(tuple(m.shape) for m in point.metadata)) for point in points)
         key = (self.prediction.shape, self.structure, places)
         if key not in known:
-            elsewhere = {
+            elsewhere = self._elsewhere()
+            nodes = {
                 layer.node: layer.parameters
                 for layer in self.layers
-                if _looks_after_samples(layer) and layer.batch_size == count  # a rule knows where they are
+                if looks_after_samples(layer) and (layer.batch_size == count or layer.node in elsewhere)
             }
-            if elsewhere:
-                check_samples_apart([("the prediction", self.edge)], elsewhere, count)
+            if nodes:
+                check_samples_apart([("the prediction", self.edge)], nodes, count, elsewhere)
             verdicts = self._verdicts(points)
             chosen = [i for i, verdict in enumerate(verdicts) if verdict]
             if None not in verdicts:
@@ -220,7 +221,7 @@ class AveragedSweep(Sweep):
         else:
             chosen = known[key]
         # A layer that nothing arrives at has a matrix of zeros.
-        kept = {layer.node for layer in self.layers if not _looks_after_samples(layer)} | {self.prediction.grad_fn}
+        kept = {layer.node for layer in self.layers if not looks_after_samples(layer)} | {self.prediction.grad_fn}
         chosen = {points[i].node for i in chosen} | kept
         return [point for point in points if point.node in chosen]
 
@@ -255,7 +256,7 @@ class AveragedSweep(Sweep):
             arrives = any(arrived for _, arrived in pairs)
             verdicts[point.node] = False if any(leak for leak, _ in pairs) else True if arrives else None
         for node, layer in layers.items():
-            if verdicts.get(node, False) is False and not _looks_after_samples(layer):
+            if verdicts.get(node, False) is False and not looks_after_samples(layer):
                 name = type(layer.module).__name__
                 raise samples_not_apart(
                     f"{self.extensions[0]}: the output of {name}", node._input_metadata[0].shape, count
@@ -371,11 +372,6 @@ class AveragedSweep(Sweep):
         else:
             columns = pull_back(point.edges, layer.edges, columns)
         return AveragedColumns(layer.use(columns, count, saved), matrix)
-
-
-def _looks_after_samples(layer: LayerCall) -> bool:
-    """Whether a module may have the samples of its batch in another dimension than the first."""
-    return isinstance(layer.module, nn.RNNBase) or not getattr(layer.module, "batch_first", True)
 
 
 # By the first layer's module the architectures and predictions' shapes -> the points where samples are apart.

@@ -339,19 +339,26 @@ def _one_hot(curvature: Tensor, dtype: torch.dtype, batch_size: int) -> SquareRo
     return SquareRoot(count, form)
 
 
-def check_samples_apart(sources: Sequence[tuple[str, GradientEdge]], layers: Layers, batch_size: int) -> None:
+def check_samples_apart(
+    sources: Sequence[tuple[str, GradientEdge]],
+    layers: Layers,
+    batch_size: int,
+    elsewhere: Mapping[Node, Sequence[int]] | None = None,
+) -> None:
     """Raises a ValueError unless columns that start at `sources`, each a name and an edge, stay within their samples.
 
     The columns of all samples are pushed back at once, which is right only if dimension 0 is the batch everywhere and
     samples do not act on each other. Columns of random signs for one half of the samples must leave nothing at the
-    layers' outputs for the other half; 2 log2(N) halves tell every sample from every other.
+    layers' outputs for the other half; 2 log2(N) halves tell every sample from every other. Nodes in `elsewhere` have
+    the batch in these dimensions of their outputs.
     """
+    elsewhere = elsewhere or {}
     for name, edge in sources:
         check_batch(name, edge, batch_size)
     edges = [edge for _, edge in sources]
-    if batch_size < 2 or not edges or not _reach_others(edges, layers, batch_size):
+    if batch_size < 2 or not edges or not _reach_others(edges, layers, batch_size, elsewhere):
         return
-    name, edge = next((s for s in sources if _reach_others([s[1]], layers, batch_size)), sources[0])
+    name, edge = next((s for s in sources if _reach_others([s[1]], layers, batch_size, elsewhere)), sources[0])
     raise samples_not_apart(name, edge.node._input_metadata[edge.output_nr].shape, batch_size)
 
 
@@ -368,7 +375,9 @@ def samples_not_apart(name: str, shape: Sequence[int], batch_size: int) -> Value
     )
 
 
-def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int) -> bool:
+def _reach_others(
+    edges: Sequence[GradientEdge], layers: Layers, batch_size: int, elsewhere: Mapping[Node, Sequence[int]]
+) -> bool:
     """Whether, from `edges` back to the layers' outputs, any sample leaves something for another one.
 
     Layers that know themselves where their samples are may have them in another order: each may be reached by one only.
@@ -390,9 +399,9 @@ def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int
         for edge, gradient in zip(outputs, gradients, strict=True):
             if gradient is None:
                 continue
-            if isinstance(edge.node, ObserverFunction._backward_cls) and edge.node.observation.rule is not None:
-                observation, key = edge.node.observation, (digit, side, edge.node)
-                found = observation.rule.samples_first(observation.positions[edge.output_nr], gradient).flatten(1)
+            rows = _samples_first(edge, gradient, elsewhere)
+            if rows is not None:
+                found, key = rows.flatten(1), (digit, side, edge.node)
                 own = ((found != 0) & ~found.isnan()).any(1)
                 known[key] = known[key] | own if key in known else own
                 continue
@@ -404,3 +413,13 @@ def _reach_others(edges: Sequence[GradientEdge], layers: Layers, batch_size: int
         if side and (digit, 0, node) in known:
             leaks.append((own & known[digit, 0, node]).any())
     return bool(torch.stack(leaks).any()) if leaks else False
+
+
+def _samples_first(edge: GradientEdge, gradient: Tensor, elsewhere: Mapping[Node, Sequence[int]]) -> Tensor | None:
+    """[N, *], from a gradient of a layer that knows where its samples are; None of others."""
+    if edge.node in elsewhere:
+        return gradient.movedim(elsewhere[edge.node][edge.output_nr], 0)
+    if isinstance(edge.node, ObserverFunction._backward_cls) and edge.node.observation.rule is not None:
+        observation = edge.node.observation
+        return observation.rule.samples_first(observation.positions[edge.output_nr], gradient)
+    return None

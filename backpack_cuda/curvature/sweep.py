@@ -90,6 +90,11 @@ class LayerCall:
         return LoopedColumns([form(observation, args, kwargs, grads) for grads in zip(*filled, strict=True)])
 
 
+def looks_after_samples(layer: LayerCall) -> bool:
+    """Whether a recurrent or attention module may have its samples in another dimension than the first."""
+    return isinstance(layer.module, nn.RNNBase) or not getattr(layer.module, "batch_first", True)
+
+
 class Sweep:
     """Everything that one loss contributes to the active quantities."""
 
@@ -149,17 +154,34 @@ class Sweep:
             return
         per_sample = self.prediction.shape[0] // max(self.batch_size, 1) if self.prediction.dim() else 1
         name = "the prediction" if per_sample == 1 else f"the prediction, of {per_sample} rows for each sample"
-        # Recurrent and attention modules without a rule may have their batch elsewhere, and look after their samples
-        # themselves. Those with a rule and another batch are refused with their own number of samples.
+        # Those with a rule and another batch are refused with their own number of samples.
+        elsewhere = self._elsewhere()
         nodes = {
             layer.node: layer.parameters
             for layer in self.layers
-            if layer.batch_size == self.batch_size
-            or (not isinstance(layer.module, nn.RNNBase) and getattr(layer.module, "batch_first", True))
+            if layer.batch_size == self.batch_size or not looks_after_samples(layer) or layer.node in elsewhere
         }
         if nodes:
-            check_samples_apart([(name, self.edge)], nodes, self.batch_size)
+            check_samples_apart([(name, self.edge)], nodes, self.batch_size, elsewhere)
         known.add(architecture)
+
+    def _elsewhere(self) -> dict[Node, list[int]]:
+        """Of modules without a rule that may have their batch elsewhere: its dimensions in the outputs.
+
+        Not of those that will be refused, since they have another batch or cannot be run on single samples.
+        """
+        layers = [layer for layer in self.layers if layer.batch_size is None and looks_after_samples(layer)]
+        found = {}
+        if not layers or self.batch_size < 2:
+            return found
+        for layer, saved in zip(layers, in_own_pass(lambda: [r.node.saved_tensors for r in layers]), strict=True):
+            observation = layer.node.observation._replace(parameters=layer.parameters)
+            shapes = [torch.Size(metadata.shape) for metadata in layer.node._input_metadata]
+            with contextlib.suppress(NoPerSampleGradients):
+                dims, batch_size = observation.find_batch(observation, *observation.rebuild_inputs(saved), shapes)
+                if batch_size == self.batch_size:
+                    found[layer.node] = dims
+        return found
 
     def _check_inside(self) -> None:
         """No parameter of a module without a rule may act on the prediction from outside of the module's calls."""

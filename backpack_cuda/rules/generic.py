@@ -10,7 +10,7 @@ import inspect
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,7 +76,13 @@ def generic_forward(module: nn.Module, stock_forward: Callable, *args, **kwargs)
 
         return LazyDenseUse(batch_grads)
 
-    return observe(module, parameters, form, args, kwargs, output)
+    def find_batch(
+        observation: Observation, args: tuple, kwargs: dict, shapes: Sequence[torch.Size]
+    ) -> tuple[list[int], int]:
+        samples = _Samples(module, stock_forward, args, kwargs, observation.positions)
+        return samples.output_dims(observation.parameters, shapes, observation.autocast), samples.batch_size
+
+    return observe(module, parameters, form, args, kwargs, output, find_batch=find_batch)
 
 
 @contextlib.contextmanager
@@ -299,13 +305,29 @@ class _Samples:
         self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...], autocast: torch.dtype | None
     ) -> dict[str, Tensor]:
         """Per-sample gradients [N, *P] of the named parameters, of a call that ran under `autocast` (None: did not)."""
+        with self._as_called(grad_outputs[0].device.type, autocast):
+            return self._batch_grads(parameters, grad_outputs)
+
+    def output_dims(
+        self, parameters: dict[str, nn.Parameter], shapes: Sequence[torch.Size], autocast: torch.dtype | None
+    ) -> list[int]:
+        """The batch dimension of each differentiated output, of these shapes."""
+        constant = {name: p.detach() for name, p in parameters.items()}
+        with self._as_called(next(iter(constant.values())).device.type, autocast), torch.no_grad():
+            single, _ = self._call(constant, [self._narrow(leaf, dim, 0) for leaf, dim in self._batched()])
+            return [self._output_dim(shape, s.shape) for shape, s in zip(shapes, single, strict=True)]
+
+    @contextlib.contextmanager
+    def _as_called(self, device_type: str, autocast: torch.dtype | None) -> Iterator[None]:
+        """Where the call is run again on single samples, under the `autocast` that it ran under."""
         # authoring(): the module's extended children are no part of the pass that runs, nor are their hooks.
         with authoring(), without_fused_recurrence(self._bare), _without_saved_tensor_hooks():
             try:
                 if autocast is None:
-                    return self._batch_grads(parameters, grad_outputs)
-                with torch.autocast(grad_outputs[0].device.type, autocast, cache_enabled=False):
-                    return self._batch_grads(parameters, grad_outputs)
+                    yield
+                else:
+                    with torch.autocast(device_type, autocast, cache_enabled=False):
+                        yield
             except NoPerSampleGradients:
                 raise
             except Exception as error:  # whatever a module does to inputs that it was not written for
