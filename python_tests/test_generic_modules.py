@@ -589,6 +589,25 @@ def test_parametrisations(build, device):
     check(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), build()), normal(3, 4), device=device)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight).sin() * self.scale
+
+
+def test_products_under_autocast(device):
+    """A sample's gradient is rounded to bfloat16, as that of the batch is: no reason to find samples mixed."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x = extend(Scaled()).to(device), torch.randn(2, 3, 4, device=device)
+        with backpack(BatchGrad()), torch.autocast(device.type, torch.bfloat16):
+            square(model(x)).backward()
+        assert_close("sum", model.weight.grad_batch.sum(0), model.weight.grad.cpu(), 5e-2)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_weight_norm_by_hook(device):
     """The old torch.nn.utils.weight_norm: weight_g and weight_v."""

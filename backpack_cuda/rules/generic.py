@@ -39,6 +39,11 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, 
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
+def _rounded_to(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """The type that has rounded a result of type `dtype`, of a call under `autocast`, which leaves float64 alone."""
+    return dtype if autocast is None or dtype == torch.float64 else max(autocast, dtype, key=_SAME.__getitem__)
+
+
 def owned_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that `module`'s own forward uses: its direct ones and those of its parametrisations."""
     if isinstance(module, _WHOLE):
@@ -306,7 +311,7 @@ class _Samples:
     ) -> dict[str, Tensor]:
         """Per-sample gradients [N, *P] of the named parameters, of a call that ran under `autocast` (None: did not)."""
         with self._as_called(grad_outputs[0].device.type, autocast):
-            return self._batch_grads(parameters, grad_outputs)
+            return self._batch_grads(parameters, grad_outputs, autocast)
 
     def output_dims(
         self, parameters: dict[str, nn.Parameter], shapes: Sequence[torch.Size], autocast: torch.dtype | None
@@ -352,7 +357,9 @@ class _Samples:
             for name, grad in zip(variables, grads, strict=True)
         }
 
-    def _batch_grads(self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def _batch_grads(
+        self, parameters: dict[str, nn.Parameter], grad_outputs: tuple[Tensor, ...], autocast: torch.dtype | None
+    ) -> dict[str, Tensor]:
         constant = {name: p.detach() for name, p in parameters.items()}
         if self.batch_size == 0:
             return {name: p.new_zeros(0, *p.shape) for name, p in constant.items()}
@@ -394,14 +401,19 @@ class _Samples:
             found = [torch.stack(tensors) for tensors in zip(*[o for _, o in results], strict=True)]
         for output, sample_outputs, dim in zip(outputs, found, out_dims, strict=True):
             scale = output.abs().max() if output.numel() else output.new_zeros(())
-            self._check_same(output, sample_outputs.squeeze(dim + 1).movedim(0, dim).detach(), scale)
+            found_outputs = sample_outputs.squeeze(dim + 1).movedim(0, dim).detach()
+            self._check_same(output, found_outputs, scale, _rounded_to(output.dtype, autocast))
         # Gradients may cancel within a sample, down to the rounding of what was summed.
-        rounding = sum(16 * torch.finfo(g.dtype).eps * g.detach().abs().sum() for g in grad_outputs)
+        types = [_rounded_to(g.dtype, autocast) for g in grad_outputs]
+        rounding = sum(
+            16 * torch.finfo(dtype).eps * g.detach().abs().sum() for g, dtype in zip(grad_outputs, types, strict=True)
+        )
         for name, total in totals.items():
             rows = gradients[name].detach()
             total = total.to_dense() if total.is_sparse else total
             scale = rows.abs().sum(0).max() if total.numel() else rows.new_zeros(())
-            self._check_same(total, rows.sum(0), scale + rounding / _SAME[total.dtype])
+            dtype = _rounded_to(total.dtype, autocast)
+            self._check_same(total, rows.sum(0), scale + rounding / _SAME[dtype], dtype)
         return gradients
 
     def _check_replaced(self, outputs: list[Tensor], parameters: dict[str, nn.Parameter]) -> None:
@@ -439,8 +451,9 @@ class _Samples:
             f"{self.batch_size} and {list(single)} for one sample"
         )
 
-    def _check_same(self, whole: Tensor, samples: Tensor, scale: Tensor) -> None:
-        if whole.numel() and (whole - samples).abs().nan_to_num(0.0).max() > _SAME[whole.dtype] * scale.nan_to_num(0.0):
+    def _check_same(self, whole: Tensor, samples: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """`dtype`: the type that they are rounded to."""
+        if whole.numel() and (whole - samples).abs().nan_to_num(0.0).max() > _SAME[dtype] * scale.nan_to_num(0.0):
             raise NoPerSampleGradients(
                 f"{self._name}: its output or gradient for a batch is not that of its samples one by one: it mixes the "
                 "samples or draws random numbers, so that per-sample gradients do not exist or cannot be formed again"
