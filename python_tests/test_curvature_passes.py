@@ -30,6 +30,7 @@ from backpack_cuda.extensions import (
     KFAC,
     KFLR,
     KFRA,
+    PCHMP,
     BatchDiagGGNExact,
     BatchGrad,
     DiagGGNExact,
@@ -975,6 +976,21 @@ def test_other_terms_of_the_loss_do_not_enter(device):
     with backpack(DiagGGNExact()):
         (loss(model[3:](hidden), targets) + hidden.square().sum()).backward()
     assert_exact_ggn(model, expected, fields=["diag_ggn_exact"])
+
+
+@pytest.mark.parametrize("make", [*SECOND_ORDER.values(), KFRA, GGNMP, PCHMP])
+def test_a_target_that_depends_on_parameters(make, device):
+    """It has curvature too, of which nothing is known."""
+    model, inputs = PLAIN.prepared().to(device), PLAIN.data()[0].to(device)
+    loss = extend(nn.MSELoss())
+    with backpack(make()), pytest.raises(NotImplementedError, match=r"MSELoss.*depends on .*\.weight.*detach\(\)"):
+        loss(model(inputs), 2 * model(inputs + 1)).backward()
+    assert_nothing_saved(model)
+    step(model, loss, inputs, 2 * model(inputs + 1).detach(), make())
+    constant = extend(copy.deepcopy(model)).requires_grad_(False)
+    variable = torch.ones_like(inputs).requires_grad_()  # the target depends on it, and on no parameter
+    step(model, loss, inputs, constant(inputs * variable), make())
+    assert variable.grad is not None
 
 
 def test_a_layer_outside_of_the_losss_graph(device):

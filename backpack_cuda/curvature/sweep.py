@@ -560,6 +560,12 @@ def _acts_outside(module: nn.Module, name: str) -> NotImplementedError:
     )
 
 
+def reached_parameters(output: Tensor) -> list[str]:
+    """The names of the layers' parameters that `output` depends on and the running backward pass is asked for."""
+    layers, *_ = _layers(output)
+    return list(dict.fromkeys(f"{type(layer.module).__name__}.{name}" for layer in layers for name in layer.parameters))
+
+
 def _check_apart(nodes, batch_size: int, extensions: Sequence[SecondOrderExtension]) -> None:
     """No batch normalisation may take its statistics from the batch; instance normalisation is one of [1, N * C, *]."""
     for node in nodes:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
 
 from backpack_cuda.authored import lent
 from backpack_cuda.capture import capturing, in_operand_types, without_tensors
@@ -12,7 +13,7 @@ from backpack_cuda.context import CTX, authoring
 from backpack_cuda.curvature.averaged import AveragedSweep, is_averaged
 from backpack_cuda.curvature.losses import LossHessian, given_hessian, is_loss, loss_hessian
 from backpack_cuda.curvature.products import form_products
-from backpack_cuda.curvature.sweep import Sweep
+from backpack_cuda.curvature.sweep import Sweep, reached_parameters
 from backpack_cuda.extensions.products import ProductExtension
 from backpack_cuda.extensions.second_order import SecondOrderExtension
 from backpack_cuda.passes import Pass, from_gradients
@@ -61,6 +62,8 @@ def _start(ctx, state: Pass, extensions: list[SecondOrderExtension], grad_output
         hessian = None
         if any(ext.needs_loss_hessian for ext in known):
             hessian = loss_hessian(ctx.module, *args, **kwargs)
+            if any(ext.needs_loss_hessian and not from_gradients(ext) for ext in known):
+                _check_others_constant(ctx.module, args, kwargs, hessian.prediction)
             state.losses.append((hessian.normalisation, factor))
         _form(ctx, state, [ext for ext in known if not from_gradients(ext)], hessian, grad_output, factor)
     for ext in extensions:
@@ -123,6 +126,19 @@ def _check_prediction(module: nn.Module, prediction: Tensor) -> None:
             f"{type(module).__name__}: expected a prediction with at least one entry for each sample, got "
             f"{list(prediction.shape)}"
         )
+
+
+def _check_others_constant(module: nn.Module, args: tuple, kwargs: dict, prediction: Tensor) -> None:
+    """What the loss takes beside the prediction may not depend on the layers: no Hessian is known in that."""
+    for other in pytree.tree_leaves((args, kwargs)):
+        if not isinstance(other, Tensor) or other is prediction or other.grad_fn is None:
+            continue
+        names = reached_parameters(other)
+        if names:
+            raise NotImplementedError(
+                f"{type(module).__name__}: its curvature is known in the prediction alone, but an argument of size "
+                f"{list(other.shape)} beside it depends on {', '.join(names[:3])} too: detach() it"
+            )
 
 
 def _factor(module: nn.Module, grad_output: Tensor, must_be_positive: bool) -> Tensor | None:
