@@ -167,6 +167,10 @@ RIGHT = {
     "tied with a Linear child": lambda: (TiedWithChild(nn.Linear(4, 4)), normal(3, 4)),
     "tied with an Embedding child": lambda: (TiedWithChild(nn.Embedding(5, 4)), torch.randint(5, (3, 2))),
     "tied with a recurrent child": lambda: (TiedWithChild(nn.GRU(4, 4, batch_first=True)), normal(3, 2, 4)),
+    "tied with a pruned child": lambda: (
+        TiedWithChild(prune.random_unstructured(nn.Linear(4, 4, bias=False), "weight", 0.5)),
+        normal(3, 4),
+    ),
     "tied with children of a child": lambda: (TiedWithChild(nn.Sequential(Doubled(4, 4), nn.Tanh())), normal(3, 4)),
     "tied with a child, one that refers to itself": lambda: (TiedWithChild(nn.Linear(4, 4), False), normal(3, 4)),
     "low-rank update": lambda: (LowRank(), normal(5, 4)),

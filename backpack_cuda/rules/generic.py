@@ -176,6 +176,15 @@ def _apart_from_other_threads(module: nn.Module, forward: Callable) -> tuple[nn.
     return module, forward
 
 
+def _weight_hooks(module: nn.Module) -> list[Callable]:
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The module's attributes that are tensors, but neither parameters nor buffers, such as computed weights."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+
+
 class _Bare(nn.Module):
     """`module`'s forward without its hooks, but with those that compute its weight."""
 
@@ -188,7 +197,7 @@ class _Bare(nn.Module):
             for name, value in module.__dict__.items()
             if isinstance(value, Tensor) and value.grad_fn is not None and not is_stored(name)
         }
-        self._hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, _WEIGHT_HOOKS)]
+        self._hooks = _weight_hooks(module)
         if self._computed and not self._hooks:
             raise NoPerSampleGradients(
                 f"{type(module).__name__}: {', '.join(self._computed)} is computed from other parameters outside of "
@@ -265,23 +274,29 @@ class _Samples:
         holders = [(self._bare.module.get_submodule(path)._parameters, name) for path, _, name in paths]
         values = [p.detach() if detached else p for p in self._places.values()]
 
-        def run(forward: Callable, *args, **kwargs):
+        def run(part: nn.Module, forward: Callable, *args, **kwargs):
             replaced = [held[name] for held, name in holders]
+            computed = _tensors(part)
             for (held, name), value in zip(holders, values, strict=True):
                 held[name] = value
             try:
+                for hook in _weight_hooks(part):  # once more: they ran before, outside of the child's forward
+                    hook(part, args)
                 return forward(*args, **kwargs)
             finally:
+                part.__dict__.update(computed)
                 for (held, name), value in zip(holders, replaced, strict=True):
                     held[name] = value
 
         previous = [vars(part).get("forward") for part in self._sharing]
+        computed = [_tensors(part) for part in self._sharing]
         try:
             for part in self._sharing:
-                part.__dict__["forward"] = functools.partial(run, part.forward)
+                part.__dict__["forward"] = functools.partial(run, part, part.forward)
             yield
         finally:
-            for part, forward in zip(self._sharing, previous, strict=True):
+            for part, forward, tensors in zip(self._sharing, previous, computed, strict=True):
+                part.__dict__.update(tensors)
                 if forward is None:
                     del part.__dict__["forward"]
                 else:
