@@ -328,6 +328,20 @@ def test_the_hessian_of_flattened_logits(device):
         assert_close(name, parameter.diag_h, expected[name].sum(0), 1e-9)
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+def test_flattened_logits_where_normalisations_alone_are_trained(samples, device):
+    """No layer with a rule tells how many samples there are."""
+    stock = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), Positions(), nn.LayerNorm(4), nn.Linear(4, 5)).double()
+    for layer in (stock[0], stock[4]):
+        layer.requires_grad_(False)
+    inputs, targets = torch.randn(samples, 4, 3).double(), torch.randint(5, (4 * samples,))
+    expected = curvature(stock, lambda f: F.cross_entropy(f.flatten(0, 1), targets), inputs)
+    model, loss = extend(stock).to(device), extend(nn.CrossEntropyLoss())
+    with backpack(*exact_extensions()):
+        loss(model(inputs.to(device)).flatten(0, 1), targets.to(device)).backward()
+    assert_exact_ggn(model, expected)
+
+
 class Positions(nn.Module):
     """Sigmoid, and the mean over the positions added to each."""
 

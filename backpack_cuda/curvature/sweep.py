@@ -70,6 +70,13 @@ class LayerCall:
         rule = self.node.observation.rule
         return None if rule is None else rule.batch_size
 
+    @property
+    def output_rows(self) -> int | None:
+        """The size of the dimension of a module's output that is commonly the batch."""
+        shape = self.node._input_metadata[0].shape
+        dim = 0 if getattr(self.module, "batch_first", True) else 1
+        return shape[dim] if len(shape) > dim else None
+
     def filled(self, columns: Sequence[Tensor | None], count: int) -> list[Tensor]:
         """`count` columns [V, *output] at each of the layer's outputs, with zeros for None."""
         return [
@@ -117,6 +124,8 @@ class Sweep:
         """N, which the layers know; a prediction may have been flattened to [N * R, C]."""
         rows = self.prediction.shape[0] if self.prediction.dim() else 1
         sizes = {layer.batch_size for layer in self.layers} - {None}
+        if not sizes:  # modules without a rule alone, as where only normalisations are trained
+            sizes = {layer.output_rows for layer in self.layers}
         if len(sizes) == 1:
             (size,) = sizes
             if 0 < size < rows and rows % size == 0:
