@@ -7,33 +7,22 @@ is recognised (outputs and gradients of single samples must add up to those of t
 import contextlib
 import functools
 import inspect
-import types
 import warnings
-import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils import _pytree as pytree
 
 from backpack_cuda.capture import Observation, capturing, observe
 from backpack_cuda.context import authoring
 from backpack_cuda.per_sample import LazyDenseUse, NoPerSampleGradients
 from backpack_cuda.rules.registered import registered_gradients, registration_for
+from backpack_cuda.rules.twin import apart_from_other_threads, weight_hooks
 from backpack_cuda.stored import is_stored
 
 # Modules that use their children's parameters without calling the children.
 _WHOLE = (nn.MultiheadAttention,)
-
-# Hooks that compute a module's weight from its parameters before each forward, without state or randomness.
-_WEIGHT_HOOKS = (WeightNorm, BasePruningMethod)
-
-# What every module has, besides its parameters, buffers and children: flags and dicts of hooks.
-_STOCK_ATTRIBUTES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, types.BuiltinFunctionType)
 
 # Largest difference, relative to the largest output, between a batch's output and its samples' own outputs.
 _SAME = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -120,66 +109,6 @@ def _without_saved_tensor_hooks():
             torch._C._autograd._push_saved_tensors_default_hooks(*hook)
 
 
-class _RefersToModules(Exception):
-    """An attribute of a module may refer to the module, so that a twin's forward could use the original."""
-
-
-def _twin(module: nn.Module, twins: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The same module with places of its own for its tensors: what is put there, no other thread sees.
-
-    `twins` are those of the parts that have one already. Raises _RefersToModules where it would not be the same.
-    """
-    if module in twins:
-        return twins[module]
-    twin = twins[module] = object.__new__(type(module))
-    for name, value in vars(module).items():
-        if name == "forward":
-            if getattr(value, "_previous", value) is not None:
-                raise _RefersToModules
-        elif name == "_modules":
-            twin.__dict__[name] = {n: None if m is None else _twin(m, twins) for n, m in value.items()}
-        elif name in ("_parameters", "_buffers"):
-            twin.__dict__[name] = dict(value)
-        elif name in _STOCK_ATTRIBUTES:
-            if len(twins) > 1 and "hooks" in name:  # those of the module itself do not run
-                _apart([hook for hook in value.values() if not isinstance(hook, _WEIGHT_HOOKS)])
-            twin.__dict__[name] = value
-        elif not name.startswith("_backpack_"):
-            twin.__dict__[name] = _apart(value)
-    return twin
-
-
-def _apart(value: Any) -> Any:
-    """An attribute that refers to no module, in lists and dicts of its own."""
-    if isinstance(value, (Tensor, *_PLAIN)):
-        return value
-    if isinstance(value, weakref.ref) and isinstance(value(), Tensor | None):
-        return value
-    if isinstance(value, types.FunctionType) and value.__closure__ is None and not value.__defaults__:
-        return value
-    if type(value) in (list, tuple, set, frozenset, torch.Size):
-        return type(value)(map(_apart, value))
-    if type(value) is dict:
-        return {_apart(key): _apart(item) for key, item in value.items()}
-    raise _RefersToModules
-
-
-def _apart_from_other_threads(module: nn.Module, forward: Callable) -> tuple[nn.Module, Callable]:
-    """A twin of `module` and its `forward`; the module itself where its attributes are too involved for that."""
-    with contextlib.suppress(_RefersToModules):
-        if isinstance(forward, functools.partial) and len(forward.args) == 1 and forward.args[0] is module:
-            twin = _twin(module, {})
-            return twin, functools.partial(forward.func, twin)
-        if getattr(forward, "__self__", None) is module:
-            twin = _twin(module, {})
-            return twin, types.MethodType(forward.__func__, twin)
-    return module, forward
-
-
-def _weight_hooks(module: nn.Module) -> list[Callable]:
-    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _WEIGHT_HOOKS)]
-
-
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """The module's attributes that are tensors, but neither parameters nor buffers, such as computed weights."""
     return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
@@ -197,7 +126,7 @@ class _Bare(nn.Module):
             for name, value in module.__dict__.items()
             if isinstance(value, Tensor) and value.grad_fn is not None and not is_stored(name)
         }
-        self._hooks = _weight_hooks(module)
+        self._hooks = weight_hooks(module)
         if self._computed and not self._hooks:
             raise NoPerSampleGradients(
                 f"{type(module).__name__}: {', '.join(self._computed)} is computed from other parameters outside of "
@@ -228,7 +157,7 @@ class _Samples:
 
     def __init__(self, module: nn.Module, forward: Callable, args: tuple, kwargs: dict, positions: list[int]):
         self._name = type(module).__name__
-        self._bare = _Bare(*_apart_from_other_threads(module, forward))
+        self._bare = _Bare(*apart_from_other_threads(module, forward))
         self._owned = owned_parameters(module)
         self._buffers = {f"module.{name}": b for name, b in module.named_buffers(remove_duplicate=False)}
         self._find_shared()
@@ -280,7 +209,7 @@ class _Samples:
             for (held, name), value in zip(holders, values, strict=True):
                 held[name] = value
             try:
-                for hook in _weight_hooks(part):  # once more: they ran before, outside of the child's forward
+                for hook in weight_hooks(part):  # once more: they ran before, outside of the child's forward
                     hook(part, args)
                 return forward(*args, **kwargs)
             finally:
