@@ -22,7 +22,7 @@ help:
 	@echo 'make demo      find mislabelled digits by their gradient norms (writes report.png)'
 	@echo 'make examples  the demo, training with KFAC, uncertainty by Laplace, tutorials (each under a minute)'
 	@echo 'make test      run the tests'
-	@echo 'make bench     measure against plain PyTorch, BackPACK and Opacus (about 20 minutes)'
+	@echo 'make bench     measure against plain PyTorch, BackPACK and Opacus (about 25 minutes)'
 	@echo 'make lint      check the style of Python and C++'
 	@echo 'make build     only set up .venv and build the library'
 	@echo 'make clean     remove what was built; rm -r .venv removes the environment too'
