@@ -1,6 +1,9 @@
 """Small helpers of all tests."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,15 @@ def subprocess_environment() -> dict[str, str]:
     here = Path(__file__).resolve().parent
     paths = [str(here.parent), str(here), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def run_memory_probe(program: str, *arguments: str) -> dict[str, int]:
+    """{case: bytes} as a program of this folder prints it, in a process that gives freed memory back at once."""
+    probe = [sys.executable, str(Path(__file__).with_name(program)), *arguments]
+    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, largest: float, reference: float | None = None) -> None:

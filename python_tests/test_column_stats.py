@@ -1,17 +1,13 @@
 """Statistics of the per-sample gradients of V columns against a float64 loop over columns and samples."""
 
 import itertools
-import json
 import math
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import helpers
 import pytest
 import torch
-from helpers import examples, named, some, subprocess_environment
+from helpers import examples, named, run_memory_probe, some
 from memory_probe import LARGE_COLUMNS
 from op_cases import CASES, HALVES, LAYOUTS, TOLERANCES, Case, conv, cpu_option, kernel_dtypes, linear
 from property_testing import given, settings, st
@@ -422,11 +418,7 @@ def test_long_sums(case):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_peak_memory(dtype):
     """At most 16 MiB beyond operands and results, and a little that the process itself needs."""
-    probe = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), dtype, "columns"]
-    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is gone at once
-    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    extra = json.loads(finished.stdout)
+    extra = run_memory_probe("memory_probe.py", dtype, "columns")
     assert set(extra) == set(LARGE_COLUMNS)
     assert not {name: taken for name, taken in extra.items() if taken > (16 << 20) + (1 << 20)}
 

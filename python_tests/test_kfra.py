@@ -4,11 +4,7 @@ import contextlib
 import copy
 import gc
 import importlib
-import json
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,7 @@ from curvature_tools import (
     saved,
     targets_for,
 )
-from helpers import assert_close, named, some, subprocess_environment
+from helpers import assert_close, named, run_memory_probe, some
 from kfra_memory_probe import CASES
 from model_cases import MODELS
 from sequential_oracle import output_factor
@@ -733,11 +729,7 @@ def test_as_backpack(build, shape, choices, reduction):
 @pytest.fixture(scope="module")
 def unstated_memory() -> dict[str, int]:
     """Bytes beyond results and statement of every large pass."""
-    probe = [sys.executable, str(Path(__file__).with_name("kfra_memory_probe.py"))]
-    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is gone at once
-    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return run_memory_probe("kfra_memory_probe.py")
 
 
 @pytest.mark.parametrize("name", list(CASES))

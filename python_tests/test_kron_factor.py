@@ -1,17 +1,13 @@
 """Kronecker factors of layers' inputs: operators and Python calls against a slow float64 loop over positions."""
 
 import itertools
-import json
 import math
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_close, examples, named, some, subprocess_environment
+from helpers import assert_close, examples, named, run_memory_probe, some
 from kron_memory_probe import LARGE
 from op_cases import HALVES, LAYOUTS, cpu_option, kernel_dtypes
 from property_testing import HealthCheck, given, settings, st
@@ -510,11 +506,7 @@ def test_composite_in_chunks(device, monkeypatch):
 @pytest.fixture(scope="module")
 def peak_memory() -> dict[str, int]:
     """Bytes beyond operand and result of every large call."""
-    probe = [sys.executable, str(Path(__file__).with_name("kron_memory_probe.py"))]
-    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is gone at once
-    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return run_memory_probe("kron_memory_probe.py")
 
 
 @pytest.mark.parametrize("name", list(LARGE))

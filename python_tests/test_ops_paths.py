@@ -1,14 +1,10 @@
 """Every way through the CPU kernels: instruction sets, chunk sizes, forced methods, threads, long sums, memory."""
 
-import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import named, subprocess_environment
+from helpers import named, run_memory_probe
 from memory_probe import LARGE
 from op_cases import CASES, TOLERANCES, Case, assert_stats, check_case, conv, cpu_option, linear, want_bits
 from oracle import FIELDS, Stats
@@ -220,11 +216,7 @@ def test_non_finite_values_propagate(case, method, spoiled, value):
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def peak_memory(request) -> dict[str, int]:
     """Bytes beyond operands and results of every large call."""
-    probe = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), request.param]
-    environment = {**subprocess_environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory is gone at once
-    finished = subprocess.run(probe, capture_output=True, text=True, env=environment)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+    return run_memory_probe("memory_probe.py", request.param)
 
 
 @pytest.mark.parametrize("name", list(LARGE))
