@@ -176,7 +176,7 @@ def parameters_of(node) -> dict[str, nn.Parameter]:
 
     None that was frozen since the forward pass: torch forms no gradient for those either.
     """
-    if isinstance(node, LayerFunction._backward_cls):
+    if isinstance(node, LAYER_NODE):
         return {
             name: parameter
             for edge, (name, parameter) in enumerate(node.parameters, start=1)
@@ -291,6 +291,15 @@ class ObserverFunction(torch.autograd.Function):
                     gradients |= dict(zip(inputs, (g[0] for g in pulled.gradients(inputs)), strict=True))
                     grad_outputs = (None,) * len(grad_outputs)
         return (None, None, *grad_outputs, *map(gradients.get, observation.edges))
+
+
+# The nodes that both leave in a graph.
+LAYER_NODE, OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
+
+
+def module_of(node) -> nn.Module:
+    """The module of a layer's or observer's node."""
+    return node.module if isinstance(node, LAYER_NODE) else node.observation.module
 
 
 def _edges(node) -> dict[str, int]:

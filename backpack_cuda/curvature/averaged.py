@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction
+from backpack_cuda.capture import LAYER_NODE, OBSERVER_NODE, module_of
 from backpack_cuda.context import CTX
 from backpack_cuda.curvature.functions import readable_name
 from backpack_cuda.curvature.losses import LossHessian
-from backpack_cuda.curvature.memory import free_memory
+from backpack_cuda.curvature.memory import CACHED, default_budget
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.points import Graph, Point
 from backpack_cuda.curvature.pull_back import pull_back
@@ -30,10 +30,7 @@ from backpack_cuda.extensions.second_order import SecondOrderExtension
 from backpack_cuda.per_sample import AveragedColumns, AveragedUse, NoKroneckerFactors
 from backpack_cuda.stats import statistics_dtype
 
-_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 _LARGEST_LIMIT = 8 << 30
-_LARGEST_BUDGET = 1 << 30
-_CPU_PIECE = 16 << 20  # pieces of columns that stay in the caches
 
 
 def is_averaged(ext: SecondOrderExtension) -> bool:
@@ -125,8 +122,8 @@ class AveragedSweep(Sweep):
         given = CTX.get_memory_budget()
         if given is not None:
             return Budget(given, given)
-        samples = min(free_memory(self.prediction.device) // 4, _LARGEST_BUDGET)
-        return Budget(samples if self.prediction.is_cuda else _CPU_PIECE, samples)
+        samples = default_budget(self.prediction.device)
+        return Budget(samples if self.prediction.is_cuda else CACHED, samples)
 
     def _memory(self, root: Point, steps: dict[int, Step], columns: dict[int, int]) -> int:
         """Bytes that all matrices and temporary tensors take at a time; under create_graph none is freed.
@@ -161,7 +158,7 @@ class AveragedSweep(Sweep):
 
     def _column_bytes(self, nodes: Sequence[Node], layer: LayerCall, point: Point) -> int:
         """Of what one feature of a point is pulled back to at a module, with all `nodes`; 0 for layers with a rule."""
-        if isinstance(layer.node, _LAYER_NODE):
+        if isinstance(layer.node, LAYER_NODE):
             return 0
         itemsize = self.dtype.itemsize
         held = 2 * self.batch_size * point.features * itemsize
@@ -182,7 +179,7 @@ class AveragedSweep(Sweep):
         for ext in self.extensions:
             limit = ext.memory_limit
             if limit is None:
-                limit = min(free_memory(self.prediction.device) // 4, _LARGEST_LIMIT)
+                limit = default_budget(self.prediction.device, _LARGEST_LIMIT)
             if plan.memory > limit:
                 raise ValueError(
                     f"{ext}: needs {_readable_bytes(plan.memory)} for matrices over the features of a sample, the "
@@ -332,7 +329,7 @@ class AveragedSweep(Sweep):
 
     def _add_use(self, layer: LayerCall, point: Point, matrix: Tensor, extensions: Sequence[HBP]) -> None:
         parameters = layer.parameters
-        if isinstance(layer.node, _OBSERVER_NODE) and layer.node.observation.rule is None:
+        if isinstance(layer.node, OBSERVER_NODE) and layer.node.observation.rule is None:
             parameters = {name: p for name, p in parameters.items() if p.dim() < 2}
             self._add_nothing(layer, parameters.keys(), extensions)
         if not parameters:
@@ -356,7 +353,7 @@ class AveragedSweep(Sweep):
 
     def _use(self, layer: LayerCall, point: Point, matrix: Tensor, saved: tuple) -> AveragedUse | AveragedColumns:
         """A layer's call with the matrix at its output, or at a point after it."""
-        if isinstance(layer.node, _LAYER_NODE):
+        if isinstance(layer.node, LAYER_NODE):
             return AveragedUse(layer.use([None], 0, saved), matrix)
         features, n = point.features, self.batch_size
         count = max(features, 1)  # one column, of zeros, where there are no features
@@ -382,10 +379,8 @@ def _place(point: Point) -> str:
     node, output = point.node, point.edges[0].output_nr
     while getattr(getattr(type(node), "_forward_cls", None), "hands_on", False):  # the ends of a module's call
         node, output = node.next_functions[output]
-    if isinstance(node, _LAYER_NODE):
-        return f"the output of {type(node.module).__name__}"
-    if hasattr(node, "observation"):
-        return f"the output of {type(node.observation.module).__name__}"
+    if isinstance(node, LAYER_NODE | OBSERVER_NODE):
+        return f"the output of {type(module_of(node)).__name__}"
     return f"the result of {readable_name(node)}"
 
 

@@ -12,9 +12,7 @@ from math import prod
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from backpack_cuda.capture import LayerFunction
-
-_LAYER_NODE = LayerFunction._backward_cls
+from backpack_cuda.capture import LAYER_NODE
 
 
 class Point:
@@ -149,4 +147,4 @@ class Graph:
 
 def operands_of(node: Node) -> Sequence[tuple[Node | None, int]]:
     """The nodes whose outputs a node acts on; of a layer's, not its parameters."""
-    return node.next_functions[:1] if isinstance(node, _LAYER_NODE) else node.next_functions
+    return node.next_functions[:1] if isinstance(node, LAYER_NODE) else node.next_functions

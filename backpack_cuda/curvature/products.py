@@ -33,19 +33,15 @@ from torch._functorch.eager_transforms import _create_differentiable
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.autocast import without_autocast
-from backpack_cuda.capture import TO_PARAMETERS, LayerFunction, ObserverFunction, parameters_of
+from backpack_cuda.capture import LAYER_NODE, OBSERVER_NODE, TO_PARAMETERS, module_of, parameters_of
 from backpack_cuda.context import CTX, batching, sweeping
 from backpack_cuda.curvature.losses import LossHessian
-from backpack_cuda.curvature.memory import free_memory
+from backpack_cuda.curvature.memory import CACHED, default_budget
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.pull_back import keeping_retained_gradient
 from backpack_cuda.curvature.residuals import residual_curvatures
 from backpack_cuda.extensions.products import HMP, PCHMP, ProductExtension
 from backpack_cuda.passes import Pass
-
-_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
-_LARGEST_BUDGET = 1 << 30
-_CPU_BYTES = 16 << 20  # of the vectors at a time: beyond the caches, more are no faster
 
 Map = Callable[[Tensor], Tensor | None]  # linear; None for zeros
 Result = TypeVar("Result")
@@ -242,7 +238,7 @@ class _Graph:
         placed: set[int] = set()
         for node, parameters in self.layers.items():
             alone = {}
-            if isinstance(node, _LAYER_NODE) and hasattr(node.operation, "bias_dim"):
+            if isinstance(node, LAYER_NODE) and hasattr(node.operation, "bias_dim"):
                 alone = {n: p for n, p in parameters.items() if uses[id(p)] == 1 and id(p) not in outside}
             if alone:
                 self.places.append(_AtOutput(node, alone))
@@ -259,12 +255,12 @@ class _Graph:
                 continue
             visited.add(node)
             following = node.next_functions
-            if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
+            if isinstance(node, LAYER_NODE | OBSERVER_NODE):
                 self.nodes.append(node)
                 parameters = parameters_of(node)
                 if parameters:
                     self.layers[node] = parameters
-                if isinstance(node, _LAYER_NODE):
+                if isinstance(node, LAYER_NODE):
                     following = following[:1]  # of the input
             elif node.name() == "torch::autograd::AccumulateGrad":
                 outside.add(id(node.variable))
@@ -283,7 +279,7 @@ class _Graph:
         """For a recording in this graph, with what the layers' Jacobians need. Each saved tensor is read once."""
         changing: list[Tensor] = [p for parameters in self.layers.values() for p in parameters.values()]
         for node in self.nodes:
-            changing += (node.module if isinstance(node, _LAYER_NODE) else node.observation.module).parameters()
+            changing += module_of(node).parameters()
 
         def read() -> _Constants:
             for node in self.batch_norms:
@@ -533,8 +529,7 @@ class CurvatureProduct:
         """How many vectors to multiply at a time."""
         budget = CTX.get_memory_budget()
         if budget is None:
-            on_cuda = self._device.type == "cuda"
-            budget = min(free_memory(self._device) // 4, _LARGEST_BUDGET) if on_cuda else _CPU_BYTES
+            budget = default_budget(self._device) if self._device.type == "cuda" else CACHED
         return max(1, budget // max(self._width, 1))
 
     def __reduce__(self):

@@ -22,7 +22,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import GradientEdge, Node, _get_grad_fn_or_grad_acc
 from torch.utils.checkpoint import CheckpointFunction
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction
+from backpack_cuda.capture import OBSERVER_NODE, LayerFunction, ObserverFunction, module_of
 from backpack_cuda.curvature.functions import (
     BATCH_NORMS,
     ELEMENTWISE,
@@ -57,8 +57,7 @@ class ResidualSource(NamedTuple):
 
 
 def _module_name(layer: Node) -> str:
-    is_observer = type(layer)._forward_cls is ObserverFunction
-    return type(layer.observation.module if is_observer else layer.module).__name__
+    return type(module_of(layer)).__name__
 
 
 Layers = Mapping[Node, Mapping[str, Tensor]]  # the layers' nodes -> their parameters by name
@@ -419,7 +418,7 @@ def _samples_first(edge: GradientEdge, gradient: Tensor, elsewhere: Mapping[Node
     """[N, *], from a gradient of a layer that knows where its samples are; None of others."""
     if edge.node in elsewhere:
         return gradient.movedim(elsewhere[edge.node][edge.output_nr], 0)
-    if isinstance(edge.node, ObserverFunction._backward_cls) and edge.node.observation.rule is not None:
+    if isinstance(edge.node, OBSERVER_NODE) and edge.node.observation.rule is not None:
         observation = edge.node.observation
         return observation.rule.samples_first(observation.positions[edge.output_nr], gradient)
     return None

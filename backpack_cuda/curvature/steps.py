@@ -22,13 +22,11 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
-from backpack_cuda.capture import LayerFunction, ObserverFunction
+from backpack_cuda.capture import LAYER_NODE, OBSERVER_NODE
 from backpack_cuda.curvature.functions import BATCH_NORMS, ELEMENTWISE, dims_of, function_name, operand_metadata
 from backpack_cuda.curvature.points import Point, operands_of
 from backpack_cuda.curvature.pull_back import pull_back
 from backpack_cuda.ops import dispatch
-
-_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
 
 # Functions that leave a sample's entries as they are, in the same order.
 _UNCHANGED = frozenset("View UnsafeView ReshapeAlias Alias Squeeze Unsqueeze Clone ToCopy".split())
@@ -367,7 +365,7 @@ def _kind(point: Point, batch_size: int) -> type[Step]:
         if all(_is_elementwise(node, p) for node, p in places.items()):
             return _Elementwise
         if len(point.between) == 1:
-            if isinstance(source.node, _LAYER_NODE):
+            if isinstance(source.node, LAYER_NODE):
                 is_plain_linear = getattr(source.node.operation, "bias_dim", None) == -1 and _has_rows(point)
                 return _Linear if is_plain_linear else _Layer
             if not isinstance(source.node, BackwardCFunction) and function_name(source.node.name()) in _MAX_POOLINGS:
@@ -385,7 +383,7 @@ def _has_rows(point: Point) -> bool:
 
 def _hands_on(node: BackwardCFunction) -> bool:
     """Whether a node is an observer, or another function of ours, that gives on what it gets."""
-    if isinstance(node, _OBSERVER_NODE):
+    if isinstance(node, OBSERVER_NODE):
         return node.observation.rule is None
     return getattr(type(node)._forward_cls, "hands_on", False)
 
@@ -423,7 +421,7 @@ def _is_elementwise(node: Node, places: Sequence[int]) -> bool:
 
 def _is_same_for_all(node: Node, places: Sequence[int]) -> bool:
     if isinstance(node, BackwardCFunction):
-        return isinstance(node, _LAYER_NODE) or _hands_on(node)
+        return isinstance(node, LAYER_NODE) or _hands_on(node)
     name = function_name(node.name())
     return name in _SAME_FOR_ALL or (name in _SAME_IN and list(places) == [_SAME_IN[name]])
 
@@ -453,7 +451,7 @@ def _keeps_samples(node: Node, place: int, batch_size: int) -> bool:
 def saved_for_step(point: Point) -> tuple:
     """What the step below a point needs of what its node has saved."""
     node = point.node
-    if isinstance(node, _LAYER_NODE):
+    if isinstance(node, LAYER_NODE):
         return node.saved_tensors
     if not isinstance(node, BackwardCFunction) and function_name(node.name()) in _MAX_POOLINGS:
         return (node._saved_result1,)  # the indices

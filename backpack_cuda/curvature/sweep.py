@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from backpack_cuda.capture import (
+    LAYER_NODE,
+    OBSERVER_NODE,
     TO_PARAMETERS,
-    LayerFunction,
-    ObserverFunction,
     input_edges,
+    module_of,
     parameters_of,
     replay_of,
 )
 from backpack_cuda.context import CTX, sweeping
 from backpack_cuda.curvature.functions import dims_of
 from backpack_cuda.curvature.losses import LossHessian
-from backpack_cuda.curvature.memory import free_memory
+from backpack_cuda.curvature.memory import CACHED, LARGEST, default_budget
 from backpack_cuda.curvature.own_pass import in_own_pass
 from backpack_cuda.curvature.pull_back import keeping_retained_gradient, pull_back
 from backpack_cuda.curvature.residuals import check_samples_apart, residual_sources
@@ -42,12 +43,6 @@ from backpack_cuda.per_sample import (
 )
 from backpack_cuda.stats import ColumnStats, ColumnWant, Want, statistics_dtype
 
-_LAYER_NODE, _OBSERVER_NODE = LayerFunction._backward_cls, ObserverFunction._backward_cls
-_LARGEST_BUDGET = 1 << 30
-# On the CPU fewer columns at a time are faster: those of all layers should stay in the caches. Not so for results of
-# every sample, which each chunk would read and write once more.
-_CPU_COLUMN_BYTES = 16 << 20
-
 
 class LayerCall:
     """A layer's call in the graph, with those of its parameters that quantities are asked for."""
@@ -55,17 +50,17 @@ class LayerCall:
     def __init__(self, node, parameters: dict[str, nn.Parameter]):
         self.node = node
         self.parameters = parameters
-        outputs = 1 if isinstance(node, _LAYER_NODE) else len(node._input_metadata)
+        outputs = 1 if isinstance(node, LAYER_NODE) else len(node._input_metadata)
         self.edges = [GradientEdge(node, i) for i in range(outputs)]
 
     @property
     def module(self) -> nn.Module:
-        return self.node.module if isinstance(self.node, _LAYER_NODE) else self.node.observation.module
+        return module_of(self.node)
 
     @property
     def batch_size(self) -> int | None:
         """N; None for a module without a rule."""
-        if isinstance(self.node, _LAYER_NODE):
+        if isinstance(self.node, LAYER_NODE):
             return self.node._input_metadata[0].shape[0]
         rule = self.node.observation.rule
         return None if rule is None else rule.batch_size
@@ -86,10 +81,10 @@ class LayerCall:
 
     def use(self, columns: Sequence[Tensor | None], count: int, saved: tuple[Tensor | None, ...]) -> ColumnUse:
         """The layer's per-sample gradients from `count` columns [V, *output] at each of its outputs (None: zeros)."""
-        if isinstance(self.node, _OBSERVER_NODE) and self.node.observation.rule is not None:
+        if isinstance(self.node, OBSERVER_NODE) and self.node.observation.rule is not None:
             return replay_of(self.node, saved).pull_back(columns, count).columns()
         filled = self.filled(columns, count)
-        if isinstance(self.node, _LAYER_NODE):
+        if isinstance(self.node, LAYER_NODE):
             return self.node.operation.columns(saved[0], filled[0])
         observation = self.node.observation._replace(parameters=self.parameters)
         args, kwargs = observation.rebuild_inputs(saved)
@@ -256,7 +251,7 @@ class Sweep:
     def _with_output_at(self, edge: GradientEdge) -> LayerCall | None:
         """The layer whose output an edge stands for, if its parameters are used nowhere else."""
         for layer in self.layers:
-            if layer.node is edge.node and isinstance(edge.node, _LAYER_NODE):
+            if layer.node is edge.node and isinstance(edge.node, LAYER_NODE):
                 once = all(len(self.uses[id(parameter)]) == 1 for parameter in layer.parameters.values())
                 return layer if once else None
         return None
@@ -346,14 +341,14 @@ class Sweep:
         held = [edge.node._input_metadata[edge.output_nr]]
         held += [metadata for layer in self.layers for metadata in layer.node._input_metadata]
         column = sum(prod(metadata.shape) * metadata.dtype.itemsize for metadata in held)
-        rules = [layer.node.observation.rule for layer in self.layers if isinstance(layer.node, _OBSERVER_NODE)]
+        rules = [layer.node.observation.rule for layer in self.layers if isinstance(layer.node, OBSERVER_NODE)]
         column += sum(rule.column_bytes for rule in rules if rule is not None)
         budget = CTX.get_memory_budget()
         device = self.prediction.device
         if budget is None:
+            # Not the caches for results of every sample, which each chunk would read and write once more.
             large = device.type == "cuda" or any(ext.per_sample for ext in extensions)
-            free = free_memory(device)
-            budget = min(free // 4, _LARGEST_BUDGET if large else _CPU_COLUMN_BYTES)
+            budget = default_budget(device, LARGEST if large else CACHED)
         return max(1, budget // max(column, 1))
 
     # ---- collecting ----
@@ -527,11 +522,11 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
         name = node.name()
         names.append(name)
         names += dims_of(node)
-        if isinstance(node, _LAYER_NODE | _OBSERVER_NODE):
+        if isinstance(node, LAYER_NODE | OBSERVER_NODE):
             parameters = parameters_of(node)
             if parameters:
                 layers.append(LayerCall(node, parameters))
-            elif isinstance(node, _OBSERVER_NODE) and node.observation.rule is not None:
+            elif isinstance(node, OBSERVER_NODE) and node.observation.rule is not None:
                 passing.append(node)
         elif name == "torch::autograd::AccumulateGrad":
             outside.add(id(node.variable))  # or inside of a module without a rule
@@ -555,9 +550,9 @@ def _layers(prediction: Tensor) -> tuple[list[LayerCall], list, list, int]:
 
 def _operands(node: Node) -> Sequence[tuple[Node | None, int]]:
     """What a node acts on; of a call with a rule, its inputs."""
-    if isinstance(node, _LAYER_NODE):
+    if isinstance(node, LAYER_NODE):
         return node.next_functions[:1]
-    if isinstance(node, _OBSERVER_NODE) and node.observation.rule is not None:
+    if isinstance(node, OBSERVER_NODE) and node.observation.rule is not None:
         return [node.next_functions[edge] for edge in input_edges(node).values()]
     return node.next_functions
 
